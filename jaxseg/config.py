@@ -1,0 +1,316 @@
+"""The vocabulary of an experiment: every field with its default, and what makes a config valid.
+
+A file in `configs/` starts from `base_config` and states only what differs. Augmentation defaults are
+those of nnU-Net v2 (Isensee et al. 2021) except translation, which nnU-Net gets from its random crop.
+"""
+
+import difflib
+import json
+import re
+
+from ml_collections import ConfigDict
+
+MODEL_DEFAULTS = {
+    "unet": {
+        "name": "unet",
+        "features": (32, 64, 128, 256),  # one entry per resolution, finest first
+        "num_convs": 2,  # convolutions per resolution
+        "norm": "instance",
+        "activation": "leaky_relu",
+        "down": "conv",  # strided convolution or max_pool
+        "up": "conv",  # transposed convolution or (linear) resize
+        "dropout": 0.0,
+        "dtype": "float32",  # of the computation; parameters and loss stay float32
+    },
+    "fcn": {
+        "name": "fcn",
+        "features": (16, 32, 64, 128, 256),  # after pool1 ... pool5 (strides 2 ... 32)
+        "num_convs": 2,
+        "norm": "instance",
+        "activation": "relu",
+        "head": "8s",
+        "upsample": "learned",  # transposed convolution from bilinear weights, or fixed bilinear
+        "dropout": 0.0,
+        "dtype": "float32",
+    },
+}
+
+CHOICES = {
+    "data.kind": ("msd", "images"),
+    "preprocess.normalisation": ("auto", "ct", "zscore"),
+    "preprocess.image_order": (1, 3),
+    "preprocess.label_order": (0, 1),
+    "model.norm": ("instance", "batch", "group", "none"),
+    "model.activation": ("relu", "leaky_relu"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.down": ("conv", "max_pool"),
+    "model.up": ("conv", "resize"),
+    "model.head": ("32s", "16s", "8s"),
+    "model.upsample": ("learned", "fixed"),
+    "loss.name": ("cross_entropy", "soft_dice", "dice_cross_entropy", "focal", "tversky"),
+    "optim.name": ("sgd", "adamw"),
+    "optim.schedule": ("constant", "polynomial", "cosine"),
+}
+
+POSITIVE = ["data.patch_size", "preprocess.spacing_mm", "model.features", "model.num_convs", "optim.learning_rate", "optim.accumulate_steps", "train.num_steps", "train.batch_size", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"]
+
+# A resumed run may change these without becoming another experiment.
+FREE_WHEN_RESUMING = ("workdir", "data.cache_dir", "train.log_every", "train.keep_checkpoints")
+
+
+class ConfigProblems(ValueError):
+    """Everything that is wrong with a config, one line each, in `problems`."""
+
+    def __init__(self, problems):
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"the config has {len(self.problems)} problem(s):\n{lines}")
+
+
+def base_config(model="unet", rank=2):
+    """Every field of an experiment with its default.
+
+    Args:
+      model: "unet" or "fcn"; picks the fields of `config.model`.
+      rank: 2 trains on slices, 3 on volumes; sets patch size, rotation range and flip axes.
+    Returns:
+      A locked ConfigDict; existing fields can be changed, new ones can not be added.
+    """
+    config = ConfigDict(
+        {
+            "name": model,
+            "workdir": "",  # "" means runs/<name>
+            "seed": 0,
+            "data": {
+                "dir": "",  # "" means the embedded demonstration cohort
+                "cache_dir": "~/.cache/jaxseg",
+                "kind": "msd",
+                "image_glob": "images/*",  # kind "images": where the images are ...
+                "label_pattern": "masks/{case}.png",  # ... and the mask of each
+                "class_names": ("background", "foreground"),  # kind "images" only
+                "label_values": (),  # kind "images": file value of each class; () means >0 is 1
+                "patch_size": (128, 128) if rank == 2 else (64, 64, 64),
+                "foreground_fraction": 0.33,
+            },
+            "split": {
+                "file": "",  # JSON with lists of case ids, relative to data.dir
+                "subject_regex": "",  # its first group is the subject; "" means a case is one
+                "test_regex": "",  # cases that match are the test set
+                "val_fraction": 0.15,
+                "test_fraction": 0.15,
+                "num_folds": 0,  # k > 1: val is fold `fold` of k
+                "fold": 0,
+            },
+            "preprocess": {
+                "spacing_mm": (),  # () means the median spacing of the training cases
+                "image_order": 1,
+                "label_order": 1,  # 1: linear resampling of one-hot labels, 0: nearest
+                "normalisation": "auto",  # ct where dataset.json says CT, else zscore
+            },
+            "augment": {
+                "rotation": {
+                    "prob": 0.2,
+                    "range_deg": (-180.0, 180.0) if rank == 2 else (-30.0, 30.0),
+                },
+                "translation": {"prob": 0.2, "range_fraction": (-0.1, 0.1)},
+                "scaling": {"prob": 0.2, "range": (0.7, 1.4)},
+                "elastic": {
+                    "prob": 0.0,
+                    "spacing_voxels": 16,
+                    "range_magnitude_voxels": (0.0, 4.0),
+                },
+                "flip": {"prob": 0.5, "axes": tuple(range(rank))},
+                "noise": {"prob": 0.1, "range_variance": (0.0, 0.1)},
+                "blur": {"prob": 0.2, "range_sigma_voxels": (0.5, 1.0)},
+                "brightness": {"prob": 0.15, "range": (0.75, 1.25)},
+                "contrast": {"prob": 0.15, "range": (0.75, 1.25)},
+                "low_resolution": {"prob": 0.25, "range_zoom": (0.5, 1.0)},
+                "gamma": {"prob": 0.3, "range": (0.7, 1.5)},
+                "inverted_gamma": {"prob": 0.1, "range": (0.7, 1.5)},
+            },
+            "model": MODEL_DEFAULTS[model],
+            "loss": {"name": "dice_cross_entropy"},
+            "optim": {
+                "name": "adamw",
+                "learning_rate": 2e-3,
+                "schedule": "polynomial",
+                "warmup_steps": 50,
+                "weight_decay": 1e-2,
+                "momentum": 0.99,  # sgd only, Nesterov
+                "clip_norm": 12.0,  # global gradient norm; 0 means no clipping
+                "accumulate_steps": 1,
+            },
+            "train": {
+                "num_steps": 1000,
+                "batch_size": 16,  # global, whatever the number of devices
+                "log_every": 25,
+                "eval_every": 250,
+                "checkpoint_every": 250,
+                "keep_checkpoints": 2,
+            },
+        }
+    )
+    return config.lock()
+
+
+def model_options(config):
+    """Returns `config.model` as a plain dict without its name: the model's keyword arguments."""
+    return {name: value for name, value in config.model.items() if name != "name"}
+
+
+def validate(config):
+    """Checks a whole config before data or devices are touched.
+
+    Raises:
+      ConfigProblems: lists every problem found, not just the first.
+    """
+    problems = []
+    fields = _flatten(config)
+
+    for name, choices in CHOICES.items():
+        if name in fields and fields[name] not in choices:
+            problems.append(_not_a_choice(name, fields[name], choices))
+    if config.model.name not in MODEL_DEFAULTS:
+        problems.append(_not_a_choice("model.name", config.model.name, tuple(MODEL_DEFAULTS)))
+    elif set(config.model) != set(MODEL_DEFAULTS[config.model.name]):
+        problems.append(
+            f"model.name is {config.model.name!r} but the other model fields belong to another "
+            f"model: start the config from base_config({config.model.name!r})"
+        )
+
+    for name in POSITIVE:
+        values = fields[name] if isinstance(fields[name], tuple) else (fields[name],)
+        if not all(_is_number(v) and v > 0 for v in values):
+            problems.append(f"{name} must be positive, not {fields[name]!r}")
+    for name, value in fields.items():
+        is_probability = name.endswith((".prob", "_fraction", ".dropout")) and "range" not in name
+        if is_probability and not (_is_number(value) and 0 <= value <= 1):
+            problems.append(f"{name} must lie in [0, 1], not {value!r}")
+        is_range = name.rpartition(".")[2].startswith("range")
+        if is_range and not (
+            len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+        ):
+            problems.append(f"{name} must be (lowest, highest), not {value!r}")
+        if name.endswith("_regex"):
+            problems += _regex_problems(name, value)
+    for name in ("model.dropout",):
+        if fields[name] == 1:
+            problems.append(f"{name} must be below 1")
+
+    problems += _data_problems(config)
+    problems += _training_problems(config)
+    if problems:
+        raise ConfigProblems(problems)
+
+
+def to_json(config):
+    """Returns the config as JSON text, keys sorted: what is saved with a run and compared."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def differences(saved_json, new_json):
+    """What changes in a saved run that would make it another experiment.
+
+    Args:
+      saved_json, new_json: texts that `to_json` wrote.
+    Returns:
+      List of lines "field: saved -> new"; empty when the run may be resumed.
+    """
+    saved, new = _flatten(json.loads(saved_json)), _flatten(json.loads(new_json))
+    return [
+        f"{name}: {saved.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
+        for name in sorted(saved.keys() | new.keys())
+        if saved.get(name) != new.get(name) and name not in FREE_WHEN_RESUMING
+    ]
+
+
+def _flatten(config, prefix=""):
+    fields = {}
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            fields |= _flatten(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _not_a_choice(name, value, choices):
+    nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{name} is {value!r}, must be one of {', '.join(map(repr, choices))}{hint}"
+
+
+def _regex_problems(name, value):
+    try:
+        groups = re.compile(value).groups
+    except re.error as error:
+        return [f"{name} {value!r} is not a regular expression: {error}"]
+    if name == "split.subject_regex" and value and groups < 1:
+        return [f"{name} {value!r} needs a group (...) that holds the subject"]
+    return []
+
+
+def _data_problems(config):
+    problems = []
+    data, split = config.data, config.split
+    rank = len(data.patch_size)
+    if rank not in (2, 3):
+        problems.append(f"data.patch_size needs 2 (slices) or 3 (volumes) entries, not {rank}")
+    if any(axis not in range(rank) for axis in config.augment.flip.axes):
+        problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
+    if config.augment.scaling.range[0] <= 0:
+        problems.append("augment.scaling.range must be positive")
+    if config.augment.low_resolution.range_zoom[0] <= 0:
+        problems.append("augment.low_resolution.range_zoom must be positive")
+    if len(config.preprocess.spacing_mm) not in (0, 3):
+        problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
+    if data.kind == "images" and not data.dir:
+        problems.append("data.kind is 'images': say where they are with --config.data.dir=DIR")
+    if data.kind == "images" and rank == 3:
+        problems.append("data.kind is 'images': data.patch_size must have 2 entries")
+    if data.kind == "images" and "{case}" not in data.label_pattern:
+        problems.append(f"data.label_pattern {data.label_pattern!r} must contain {{case}}")
+    if len(data.class_names) < 2:
+        problems.append("data.class_names needs the background and at least one class")
+    if data.label_values and len(data.label_values) != len(data.class_names):
+        problems.append(
+            f"data.label_values has {len(data.label_values)} entries, "
+            f"data.class_names {len(data.class_names)}: they must agree"
+        )
+    if split.num_folds == 1 or split.num_folds < 0:
+        problems.append("split.num_folds must be 0 (no cross-validation) or at least 2")
+    elif split.fold not in range(max(split.num_folds, 1)):
+        problems.append(
+            f"split.fold {split.fold} is missing: there are {split.num_folds} folds, from 0"
+        )
+    if split.val_fraction + split.test_fraction >= 1:
+        problems.append("split.val_fraction + split.test_fraction leave no training cases")
+    return problems
+
+
+def _training_problems(config):
+    problems = []
+    model, optim, train = config.model, config.optim, config.train
+    if model.name == "fcn" and len(model.features) != 5:
+        problems.append(
+            f"model.features of an FCN needs 5 entries (pool1 ... pool5), not {len(model.features)}"
+        )
+    if model.norm == "group" and any(f % 8 for f in model.features):
+        problems.append(f"model.norm 'group' needs features divisible by 8, not {model.features}")
+    if any(_is_number(n) and n < 0 for n in (optim.clip_norm, optim.weight_decay)):
+        problems.append("optim.clip_norm and optim.weight_decay must not be negative")
+    if optim.warmup_steps < 0 or optim.warmup_steps >= train.num_steps:
+        problems.append(
+            f"optim.warmup_steps {optim.warmup_steps} must lie in [0, train.num_steps = "
+            f"{train.num_steps})"
+        )
+    if optim.accumulate_steps > 0 and train.batch_size % optim.accumulate_steps:
+        problems.append(
+            f"train.batch_size {train.batch_size} must be divisible by optim.accumulate_steps "
+            f"{optim.accumulate_steps}"
+        )
+    return problems

@@ -1,0 +1,349 @@
+"""Random augmentation as a pure function of (arrays, seed), in TensorFlow graph ops.
+
+A patch is cut from the centre of a larger region. Every spatial transform maps one grid of
+coordinates to another, and the region is sampled once, at the end; every intensity transform then
+maps one image to another. The same code serves 2D and 3D: the rank of the patch decides.
+
+The transforms and their order are those of nnU-Net v2 (Isensee et al. 2021), but blur and low
+resolution are drawn once per image instead of once per channel, factors are uniform in their range,
+the noise range is one of variances, and displacements are cubic B-splines.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import tensorflow as tf
+
+fold_in = tf.random.experimental.stateless_fold_in
+split = tf.random.experimental.stateless_split
+
+
+def region_size(patch_size, params):
+    """Computes the size of the region in which a warped patch still fits.
+
+    An axis tilted by an angle a reaches over cos a · P_i + sin a · |P_others| voxels, at most the
+    diagonal. This is exact in 2D. In 3D, three turns together can tilt an axis by more than the
+    largest single angle: the few corners that then leave the region come out as zeros.
+
+    Args:
+      patch_size: Voxels per axis, a tuple of 2 or 3 ints.
+      params: As in `augment`; transforms with prob 0 do not count.
+    Returns:
+      Tuple of ints, each at least the patch's and of its parity, so that their centres coincide.
+    """
+
+    def largest(name, option):
+        return np.max(np.abs(params[name][option])) if params[name]["prob"] > 0 else 0
+
+    patch = np.array(patch_size)
+    reach = patch - 1 + 2 * largest("elastic", "range_magnitude_voxels")
+    across = np.sqrt(np.sum(reach**2) - reach**2)
+    tilt = np.minimum(np.deg2rad(largest("rotation", "range_deg")), np.arctan2(across, reach))
+    reach = reach * np.cos(tilt) + across * np.sin(tilt)
+    if params["scaling"]["prob"] > 0:
+        reach = reach / min(1, *params["scaling"]["range"])
+    reach = reach + 2 * largest("translation", "range_fraction") * patch
+    margin = np.ceil((reach - (patch - 1)) / 2).astype(int)
+    return tuple((patch + 2 * margin).tolist())
+
+
+def crop_centre(image, label, valid, *, patch_size):
+    """Cuts the patch out of the centre of the region: `augment` with nothing drawn."""
+    _check_shapes(image, label, valid, patch_size)
+    start = _origin(image, patch_size)
+    crop = tuple(slice(s, s + p) for s, p in zip(start, patch_size, strict=True))
+    return image[crop], label[crop], valid[crop]
+
+
+def augment(image, label, valid, seed, *, patch_size, params):
+    """Cuts a patch, warped and with altered intensities, out of the centre of the region.
+
+    Each transform draws from a seed of its own, so that turning one off leaves the others as they
+    were. With prob 0 a transform adds no ops; where it is not drawn its work is skipped.
+
+    Args:
+      image: Region, [*R, C] float32, of static shape.
+      label: Class indices, [*R] integer.
+      valid: 1 where a voxel counts, [*R] float32.
+      seed: [2] integer; the same seed gives the same result.
+      patch_size: Voxels per axis P, a tuple of 2 or 3 ints.
+      params: From each transform's name to its options, `prob` among them (see `jaxseg.config`).
+    Returns:
+      image [*P, C] (linear interpolation), label [*P] and valid [*P] (nearest neighbour), of the
+      dtypes given. Outside the region the warp finds zeros in all three.
+    Raises:
+      ValueError: the shapes disagree, or the region is smaller than the patch.
+    """
+    _check_shapes(image, label, valid, patch_size)
+    if any(params[name]["prob"] > 0 for name in ("flip", *SPATIAL)):
+        centre = (np.array(patch_size, np.float32) - 1) / 2
+        grid = tf.constant(np.moveaxis(np.indices(patch_size, np.float32), 0, -1) - centre)
+        if params["flip"]["prob"] > 0:  # drawn for each axis, not once
+            grid = flip(grid, fold_in(seed, 0), params["flip"])
+        for name, (number, transform) in SPATIAL.items():
+            grid = _sometimes(transform, grid, seed, number, params[name])
+        grid += _origin(image, patch_size) + centre
+        image = sample_linear(image, grid)
+        label, valid = sample_nearest(label, grid), sample_nearest(valid, grid)
+    else:
+        image, label, valid = crop_centre(image, label, valid, patch_size=patch_size)
+    for name, (number, transform) in INTENSITY.items():
+        image = _sometimes(transform, image, seed, number, params[name])
+    return image, label, valid
+
+
+# Spatial transforms: (grid, seed, options) -> grid. A grid [*P, rank] float32 holds, for each voxel
+# of the patch, where in the region its value comes from, in voxels from the common centre.
+
+
+def flip(grid, seed, options):
+    """Mirrors each of `axes` with probability `prob`."""
+    rank = grid.shape[-1]
+    drawn = tf.random.stateless_uniform([rank], seed) < options["prob"]
+    return grid * tf.where(drawn & np.isin(range(rank), options["axes"]), -1.0, 1.0)
+
+
+def displace(grid, seed, options):
+    """Elastic deformation: shifts by a cubic B-spline of random control points.
+
+    Control points lie `spacing_voxels` apart, each coefficient uniform in ± a magnitude drawn from
+    `range_magnitude_voxels`, which no shift exceeds. Below 0.4 of the spacing the map does not fold
+    (Choi and Lee 2000).
+    """
+    *patch, rank = grid.shape
+    bases = [cubic_spline_basis(length, options["spacing_voxels"]) for length in patch]
+    magnitude_seed, control_seed = tf.unstack(split(seed))
+    magnitude = _uniform(magnitude_seed, [], options["range_magnitude_voxels"])
+    shape = [*(basis.shape[1] for basis in bases), rank]
+    shift = magnitude * _uniform(control_seed, shape, (-1.0, 1.0))
+    for axis, basis in enumerate(bases):
+        shift = apply_along_axis(basis, shift, axis)
+    return grid + shift
+
+
+def scale(grid, seed, options):
+    """Enlarges what is seen by one factor from `range` on all axes."""
+    return grid / _uniform(seed, [], options["range"])
+
+
+def rotate(grid, seed, options):
+    """Turns by an angle from `range_deg` in each plane of axes (i, j), from i towards j."""
+    rank = grid.shape[-1]
+    planes = list(itertools.combinations(range(rank), 2))
+    angles = tf.unstack(_uniform(seed, [len(planes)], options["range_deg"]) * (np.pi / 180))
+    identity = np.eye(rank, dtype=np.float32)
+    rotation = identity
+    for (i, j), angle in zip(planes, angles, strict=True):
+        quarter = np.outer(identity[j], identity[i]) - np.outer(identity[i], identity[j])
+        # Rodrigues' formula
+        turn = identity + tf.sin(angle) * quarter + (1 - tf.cos(angle)) * (quarter @ quarter)
+        rotation = turn @ rotation
+    return tf.tensordot(grid, rotation, axes=1)  # its transpose times each coordinate: the inverse
+
+
+def translate(grid, seed, options):
+    """Shifts each axis by a fraction of the patch from `range_fraction`."""
+    *patch, rank = grid.shape
+    return grid - _uniform(seed, [rank], options["range_fraction"]) * np.array(patch, np.float32)
+
+
+# Intensity transforms: (image, seed, options) -> image, [*P, C] float32.
+
+
+def add_noise(image, seed, options):
+    """Adds white Gaussian noise of a variance from `range_variance`."""
+    variance_seed, noise_seed = tf.unstack(split(seed))
+    variance = _uniform(variance_seed, [], options["range_variance"])
+    return image + tf.sqrt(variance) * tf.random.stateless_normal(image.shape, noise_seed)
+
+
+def blur(image, seed, options):
+    """Gaussian blur with, for each axis, a standard deviation from `range_sigma_voxels`."""
+    *patch, _ = image.shape
+    sigmas = tf.unstack(_uniform(seed, [len(patch)], options["range_sigma_voxels"]))
+    for axis, (length, sigma) in enumerate(zip(patch, sigmas, strict=True)):
+        image = apply_along_axis(gaussian_matrix(length, sigma), image, axis)
+    return image
+
+
+def multiply_brightness(image, seed, options):
+    """Multiplies each channel by a factor from `range`."""
+    return image * _uniform(seed, image.shape[-1:], options["range"])
+
+
+def scale_contrast(image, seed, options):
+    """Scales each channel about its mean by a factor from `range`, within its former extremes."""
+    voxels = range(image.shape.rank - 1)
+    mean = tf.reduce_mean(image, voxels)
+    scaled = mean + (image - mean) * _uniform(seed, image.shape[-1:], options["range"])
+    return tf.clip_by_value(scaled, tf.reduce_min(image, voxels), tf.reduce_max(image, voxels))
+
+
+def simulate_low_resolution(image, seed, options):
+    """Samples the image down by a zoom from `range_zoom`, and up to its size again."""
+    zoom = _uniform(seed, [], options["range_zoom"])
+    for axis, length in enumerate(image.shape[:-1]):
+        image = apply_along_axis(low_resolution_matrix(length, zoom), image, axis)
+    return image
+
+
+def apply_gamma(image, seed, options):
+    """Raises each channel, mapped to [0, 1], to a power from `range`; keeps mean and deviation."""
+    voxels = range(image.shape.rank - 1)
+    lowest, highest = tf.reduce_min(image, voxels), tf.reduce_max(image, voxels)
+    gamma = _uniform(seed, image.shape[-1:], options["range"])
+    powered = tf.math.divide_no_nan(image - lowest, highest - lowest) ** gamma
+    deviation, powered_deviation = (tf.math.reduce_std(x, voxels) for x in (image, powered))
+    stretch = tf.math.divide_no_nan(deviation, powered_deviation)
+    return (powered - tf.reduce_mean(powered, voxels)) * stretch + tf.reduce_mean(image, voxels)
+
+
+def apply_inverted_gamma(image, seed, options):
+    """The gamma transform of the negative image."""
+    return -apply_gamma(-image, seed, options)
+
+
+# In order of use. The numbers are folded into the seed: 0 is flip's, and none may ever change.
+SPATIAL = {
+    "elastic": (1, displace),
+    "scaling": (2, scale),
+    "rotation": (3, rotate),
+    "translation": (4, translate),
+}
+INTENSITY = {
+    "noise": (5, add_noise),
+    "blur": (6, blur),
+    "brightness": (7, multiply_brightness),
+    "contrast": (8, scale_contrast),
+    "low_resolution": (9, simulate_low_resolution),
+    "inverted_gamma": (10, apply_inverted_gamma),
+    "gamma": (11, apply_gamma),
+}
+
+
+def sample_linear(image, coordinates):
+    """Interpolates linearly (bi- or trilinearly) in an image that is 0 outside.
+
+    Args:
+      image: [*R, C] float32.
+      coordinates: In voxels, [*P, rank] float32.
+    Returns:
+      [*P, C] float32.
+    """
+    values, positions, strides = _zero_padded(image, coordinates)
+    lower = [
+        tf.minimum(tf.floor(p), float(n)) for p, n in zip(positions, image.shape[:-1], strict=True)
+    ]
+    upper_weights = [p - low for p, low in zip(positions, lower, strict=True)]
+    weights = [1 - weight for weight in upper_weights], upper_weights
+    first = _flat_index(lower, strides)
+    total = 0
+    for corner in itertools.product((0, 1), repeat=len(strides)):
+        weight = math.prod(weights[step][axis] for axis, step in enumerate(corner))
+        total += weight[..., tf.newaxis] * tf.gather(values, first + np.dot(corner, strides))
+    return total
+
+
+def sample_nearest(array, coordinates):
+    """Takes the nearest value of an array [*R] of any dtype that is 0 outside, at [*P, rank]."""
+    values, positions, strides = _zero_padded(array, coordinates)
+    return tf.gather(values, _flat_index([tf.round(p) for p in positions], strides))
+
+
+def apply_along_axis(matrix, x, axis):
+    """Multiplies every line of x along one axis by a matrix [M, L], so that its length L becomes M.
+
+    A separable linear filter is one such product per axis.
+    """
+    axes = "abcd"[: x.shape.rank]
+    line = axes[axis]
+    return tf.einsum(f"z{line},{axes}->{axes.replace(line, 'z')}", matrix, x)
+
+
+def cubic_spline_basis(length, spacing):
+    """Uniform cubic B-splines, `spacing` voxels apart, at the voxels of an axis.
+
+    Returns:
+      [length, num_splines] float32 numpy; rows are >= 0 and sum to 1.
+    """
+    position = np.arange(length) / spacing
+    knots = np.arange(-1, np.floor(position[-1]) + 3)
+    t = np.abs(position[:, np.newaxis] - knots)
+    basis = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6)
+    return basis.astype(np.float32)
+
+
+def gaussian_matrix(length, sigma):
+    """Gaussian filter of standard deviation sigma voxels, normalised within the axis: [L, L]."""
+    voxel = np.arange(length, dtype=np.float32)
+    return tf.nn.softmax(-(((voxel[:, np.newaxis] - voxel) / sigma) ** 2) / 2)
+
+
+def low_resolution_matrix(length, zoom):
+    """Nearest sampling of an axis down to zoom · length voxels, then linear sampling up: [L, L].
+
+    Both keep the extent of the axis (half-voxel convention), so that zoom 1 is the identity.
+    """
+    coarse = tf.maximum(tf.round(length * zoom), 1.0)
+    voxel = np.arange(length, dtype=np.float32)
+    position = tf.clip_by_value((voxel + 0.5) * coarse / length - 0.5, 0.0, coarse - 1)
+    lower = tf.floor(position)
+    fraction = (position - lower)[:, tf.newaxis]
+
+    def nearest(coarse_voxel):
+        return tf.one_hot(tf.cast((coarse_voxel + 0.5) * length / coarse, tf.int32), length)
+
+    upper = tf.minimum(lower + 1, coarse - 1)
+    return (1 - fraction) * nearest(lower) + fraction * nearest(upper)
+
+
+def _sometimes(transform, x, seed, number, options):
+    if options["prob"] == 0:
+        return x
+    decision_seed, transform_seed = tf.unstack(split(fold_in(seed, number)))
+    drawn = tf.random.stateless_uniform([], decision_seed) < options["prob"]
+    return tf.cond(drawn, lambda: transform(x, transform_seed, options), lambda: x)
+
+
+def _uniform(seed, shape, bounds):
+    return tf.random.stateless_uniform(shape, seed, *map(float, bounds))
+
+
+def _zero_padded(array, coordinates):
+    # With a border of zeros, every coordinate outside can be clipped to one that finds 0.
+    rank = coordinates.shape[-1]
+    size, channels = array.shape[:rank], array.shape[rank:]
+    values = tf.reshape(tf.pad(array, [(1, 1)] * rank + [(0, 0)] * channels.rank), [-1, *channels])
+    positions = [
+        tf.clip_by_value(c + 1, 0.0, n + 1.0)
+        for c, n in zip(tf.unstack(coordinates, axis=-1), size, strict=True)
+    ]
+    strides = [math.prod(n + 2 for n in size[axis + 1 :]) for axis in range(rank)]
+    return values, positions, strides
+
+
+def _flat_index(positions, strides):
+    return sum(tf.cast(p, tf.int32) * stride for p, stride in zip(positions, strides, strict=True))
+
+
+def _origin(image, patch_size):
+    return (np.array(image.shape[:-1]) - patch_size) // 2
+
+
+def _check_shapes(image, label, valid, patch_size):
+    region = image.shape[:-1]
+    if not image.shape.is_fully_defined() or region.rank != len(patch_size):
+        raise ValueError(
+            f"image has shape {image.shape}: a patch of size {tuple(patch_size)} needs a static "
+            f"[*R, C] with {len(patch_size)} spatial axes"
+        )
+    if label.shape != region or valid.shape != region:
+        raise ValueError(
+            f"label {label.shape} and valid {valid.shape} must have image's spatial shape {region}"
+        )
+    if any(r < p for r, p in zip(region, patch_size, strict=True)):
+        raise ValueError(
+            f"the region {region} is smaller than the patch {tuple(patch_size)}: pad it with zeros "
+            "to region_size"
+        )

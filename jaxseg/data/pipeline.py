@@ -1,0 +1,124 @@
+"""The training batch at step t as a pure function of (seed, t, global batch size)."""
+
+import numpy as np
+import tensorflow as tf
+
+from jaxseg.data.augment import augment, region_size
+
+
+def train_batches(
+    store,
+    case_ids,
+    *,
+    seed,
+    start_step,
+    num_steps,
+    batch_size,
+    patch_size,
+    num_channels,
+    foreground_fraction,
+    augment_params,
+    process_index=0,
+    process_count=1,
+):
+    """Yields this process's part of the batches `start_step` ... `num_steps - 1`.
+
+    Example i of the run (i = t * batch_size + place in the batch) is drawn from (seed, i) alone: its
+    case from a permutation of the cases that is new in every epoch, its patch and its augmentation
+    from a generator of its own. Nothing is shuffled or kept between examples, so any step can be the
+    first, at no cost.
+
+    Args:
+      store: mapping from case id to PreparedCase.
+      case_ids: training cases.
+      seed: non-negative int.
+      start_step, num_steps: first step, and the step to stop before.
+      batch_size: global; each process yields batch_size / process_count examples a step.
+      patch_size: (X, Y) for slices of the third axis, (X, Y, Z) for volumes.
+      num_channels: C of the images.
+      foreground_fraction: probability that a patch is drawn around a foreground voxel.
+      augment_params: as for `jaxseg.data.augment.augment`.
+      process_index, process_count: which part of each batch.
+    Returns:
+      Iterator of dicts of numpy arrays: image [b, *P, C] float32, label [b, *P] int32 and valid
+      [b, *P] float32, 0 outside the scan.
+    """
+    local_size = batch_size // process_count
+    region = region_size(patch_size, augment_params)
+    case_ids = sorted(case_ids)
+
+    def fetch(example, case_index):
+        rng = np.random.Generator(np.random.Philox(key=[seed, example]))
+        case = store[case_ids[case_index]]
+        return sample_region(case, rng, region, patch_size, foreground_fraction)
+
+    def load(position):
+        step, place = position // local_size, position % local_size
+        example = step * batch_size + process_index * local_size + place
+        epoch, index = example // len(case_ids), example % len(case_ids)
+        case_index = tf.random.experimental.index_shuffle(
+            tf.cast(index, tf.int32), [seed, tf.cast(epoch, tf.int32)], len(case_ids) - 1
+        )
+        image, label, valid = tf.numpy_function(
+            fetch, [example, case_index], [tf.float32, tf.int32, tf.float32], stateful=False
+        )
+        image = tf.ensure_shape(image, (*region, num_channels))
+        label, valid = tf.ensure_shape(label, region), tf.ensure_shape(valid, region)
+        example_seed = tf.stack([seed, tf.cast(example, tf.int32)])
+        image, label, valid = augment(
+            image, label, valid, example_seed, patch_size=patch_size, params=augment_params
+        )
+        return {"image": image, "label": label, "valid": valid}
+
+    positions = tf.data.Dataset.range(start_step * local_size, num_steps * local_size)
+    return (
+        positions.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .batch(local_size, drop_remainder=True)
+        .prefetch(tf.data.AUTOTUNE)
+        .as_numpy_iterator()
+    )
+
+
+def sample_region(case, rng, region, patch_size, foreground_fraction):
+    """Draws a patch of a case and cuts the larger region around it that augmentation needs.
+
+    The patch lies inside the scan where the scan is larger, and is centred on it where it is not.
+
+    Args:
+      case: PreparedCase.
+      rng: numpy Generator.
+      region: size to cut, 2 or 3 entries.
+      patch_size: of the patch in the region's centre, as many entries.
+      foreground_fraction: probability that the patch is drawn around a voxel of a foreground class,
+        all classes that are present being equally likely.
+    Returns:
+      (image [*R, C] float32, label [*R] int32, valid [*R] float32), zero outside the scan.
+    """
+    shape = case.label.shape
+    if case.locations and rng.random() < foreground_fraction:
+        voxels = case.locations[rng.integers(len(case.locations))]
+        voxel = voxels[rng.integers(len(voxels))]
+    else:
+        voxel = rng.integers(shape)
+    image, label = case.image, case.label
+    if len(patch_size) == 2:
+        image, label = image[:, :, voxel[2]], label[:, :, voxel[2]]
+
+    inside, target = [], []
+    for centre, size, patch, width in zip(voxel, label.shape, patch_size, region, strict=False):
+        patch_start = (
+            np.clip(centre - patch // 2, 0, size - patch) if size > patch else ((size - patch) // 2)
+        )
+        start = int(patch_start) - (width - patch) // 2
+        low, high = max(start, 0), min(start + width, size)
+        inside.append(slice(low, high))
+        target.append(slice(low - start, high - start))
+    inside, target = tuple(inside), tuple(target)
+
+    region_image = np.zeros((*region, image.shape[-1]), np.float32)
+    region_label = np.zeros(region, np.int32)
+    region_valid = np.zeros(region, np.float32)
+    region_image[target] = image[inside]
+    region_label[target] = label[inside]
+    region_valid[target] = 1
+    return region_image, region_label, region_valid

@@ -1,0 +1,152 @@
+"""From the scanner's grid and units to the network's, and back: orient, resample, normalise."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from jaxseg import geometry
+from jaxseg.data.volumes import read_image, read_label
+
+# Enough voxels per case for stable percentiles, few enough to keep those of every case in memory.
+VOXELS_PER_CASE = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to preprocess; made from training cases alone and saved with the model.
+
+    Attributes:
+      spacing_mm: target spacing of the RAS+ grid, three floats.
+      normalisation: "ct" or "zscore" for each channel.
+      intensity: for each "ct" channel (low, high, mean, std): clipping bounds, then mean and standard
+        deviation, all of the training cases' foreground; () for a "zscore" channel.
+      image_order: spline order of image resampling, 1 or 3.
+      label_order: 0 nearest, 1 linear of one-hot labels.
+    """
+
+    spacing_mm: tuple[float, ...]
+    normalisation: tuple[str, ...]
+    intensity: tuple[tuple[float, ...], ...]
+    image_order: int
+    label_order: int
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text):
+        fields = json.loads(text)
+        for name in ("spacing_mm", "normalisation"):
+            fields[name] = tuple(fields[name])
+        fields["intensity"] = tuple(map(tuple, fields["intensity"]))
+        return cls(**fields)
+
+
+def make_plan(
+    cases, *, label_values, modalities, spacing_mm, normalisation, image_order, label_order
+):
+    """Derives the plan from training cases.
+
+    Args:
+      cases: the training cases (`jaxseg.data.cases.Case`), verified.
+      label_values: file value of each class, or None.
+      modalities: name of each channel; () when not known.
+      spacing_mm: target spacing, or () for the median of `cases`.
+      normalisation: "ct", "zscore", or "auto": "ct" where the modality is CT.
+      image_order, label_order: as in `Plan`.
+    """
+    spacings, foregrounds = [], []
+    for case in cases:
+        image, affine = read_image(case.image_path)
+        image, canonical_affine = geometry.to_canonical(image, affine)
+        spacings.append(geometry.spacing_mm_from_affine(canonical_affine))
+        num_channels = image.shape[-1]
+        names = modalities or ("unknown",) * num_channels
+        kinds = tuple(_normalisation_of(name, normalisation) for name in names)
+        if "ct" in kinds:
+            label, label_affine = read_label(case.label_path, label_values)
+            label, _ = geometry.to_canonical(label, label_affine)
+            voxels = image[label > 0]
+            foregrounds.append(voxels[:: 1 + len(voxels) // VOXELS_PER_CASE])
+    return Plan(
+        spacing_mm=tuple(spacing_mm) or tuple(map(float, np.median(spacings, axis=0))),
+        normalisation=kinds,
+        intensity=tuple(
+            _clipped_statistics(np.concatenate(foregrounds)[:, channel]) if kind == "ct" else ()
+            for channel, kind in enumerate(kinds)
+        ),
+        image_order=image_order,
+        label_order=label_order,
+    )
+
+
+def preprocess_image(image, affine, plan):
+    """Orients, resamples and normalises.
+
+    Args:
+      image: [X, Y, Z, C] float32 as read.
+      affine: [4, 4] of the file.
+      plan: Plan.
+    Returns:
+      (image, affine): [X', Y', Z', C] float32 on the RAS+ grid of `plan.spacing_mm`, and its affine.
+    """
+    image, affine = geometry.to_canonical(image, affine)
+    shape = image.shape[:3]
+    new_shape = _target_shape(shape, affine, plan)
+    image = geometry.resample_to_shape(image, new_shape, plan.image_order)
+    channels = [
+        _normalise(image[..., channel], kind, statistics)
+        for channel, (kind, statistics) in enumerate(
+            zip(plan.normalisation, plan.intensity, strict=True)
+        )
+    ]
+    return np.stack(channels, axis=-1), geometry.resampled_affine(affine, shape, new_shape)
+
+
+def preprocess_label(label, affine, plan, num_classes):
+    """Orients and resamples a label [X, Y, Z] uint8 to the grid of `preprocess_image`."""
+    label, affine = geometry.to_canonical(label, affine)
+    new_shape = _target_shape(label.shape, affine, plan)
+    return geometry.resample_label_to_shape(label, new_shape, num_classes, plan.label_order)
+
+
+def restore_probs(probs, original_shape, original_affine):
+    """Undoes the spatial part of `preprocess_image`.
+
+    Args:
+      probs: [X', Y', Z', K] float32 on the preprocessed grid.
+      original_shape: [X, Y, Z] of the file.
+      original_affine: [4, 4] of the file.
+    Returns:
+      [X, Y, Z, K] float32 on the file's own grid, linearly resampled.
+    """
+    probe = np.broadcast_to(np.uint8(0), original_shape)
+    canonical_shape = geometry.to_canonical(probe, original_affine)[0].shape
+    probs = geometry.resample_to_shape(probs, canonical_shape, order=1)
+    return geometry.from_canonical(probs, original_affine)
+
+
+def _target_shape(shape, affine, plan):
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    return geometry.resampled_shape(shape, spacing_mm, plan.spacing_mm)
+
+
+def _normalisation_of(modality, wanted):
+    if wanted != "auto":
+        return wanted
+    return "ct" if modality.strip().upper() == "CT" else "zscore"
+
+
+def _clipped_statistics(values):
+    low, high = np.percentile(values, [0.5, 99.5])
+    clipped = np.clip(values.astype(np.float64), low, high)
+    return tuple(map(float, (low, high, clipped.mean(), max(clipped.std(), 1e-8))))
+
+
+def _normalise(channel, kind, statistics):
+    if kind == "zscore":
+        # A few extreme voxels (vessels, artefacts) must not set the scale of the whole volume.
+        statistics = _clipped_statistics(channel)
+    low, high, mean, std = statistics
+    return ((np.clip(channel, low, high) - mean) / std).astype(np.float32)

@@ -1,0 +1,137 @@
+"""Who is trained on, who chooses the checkpoint, who is tested: by subject, seeded, written down."""
+
+import collections
+import json
+import os
+import re
+
+import numpy as np
+
+SETS = ("train", "val", "test")
+
+
+class SplitProblem(ValueError):
+    """The wanted split can not be made; the message says why and how to mend it."""
+
+
+def split_from_file(path, case_ids, *, subject_of=str, fold=0):
+    """Reads a split from JSON.
+
+    Args:
+      path: {"train": [...], "val": [...], "test": [...]} ("test" may be missing; other keys are
+        ignored) or nnU-Net's list of such dicts, one per fold.
+      case_ids: all cases of the dataset.
+      subject_of: function from case id to subject.
+      fold: which entry of a list.
+    Returns:
+      Dict with sorted lists of case ids under "train", "val" and "test".
+    Raises:
+      SplitProblem: unreadable file, missing fold, unknown or unassigned cases, a subject in two sets.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise SplitProblem(
+            f"{path}: not a readable JSON split ({error}); mend --config.split.file"
+        ) from error
+    if isinstance(content, list):
+        if fold not in range(len(content)):
+            raise SplitProblem(
+                f"{path}: fold {fold} is missing, the file has {len(content)} folds, from 0; "
+                "mend --config.split.fold"
+            )
+        content = content[fold]
+    if not isinstance(content, dict) or not content.get("train"):
+        raise SplitProblem(f'{path}: has no list "train"; write {{"train": [...], "val": [...]}}')
+    split = {name: sorted(content.get(name, [])) for name in SETS}
+    return _checked(split, case_ids, subject_of, source=path)
+
+
+def split_by_subject(
+    case_ids,
+    *,
+    seed,
+    subject_of=str,
+    test_regex="",
+    val_fraction=0.15,
+    test_fraction=0.15,
+    num_folds=0,
+    fold=0,
+):
+    """Splits subjects at random.
+
+    Args:
+      case_ids: all cases of the dataset.
+      seed: of the permutation of the subjects; the same subjects in any order split alike.
+      subject_of: function from case id to subject.
+      test_regex: cases that match are the test set, instead of a random `test_fraction`.
+      val_fraction: share of all subjects, at least one, when `num_folds` is 0.
+      test_fraction: share of all subjects, rounded.
+      num_folds: the subjects outside the test set form that many folds; 0 means none.
+      fold: the one that validates.
+    Returns, Raises: as `split_from_file`.
+    """
+    subjects = sorted(set(map(subject_of, case_ids)))
+    shuffled = list(np.random.default_rng(seed).permutation(subjects))
+    if test_regex:
+        test = {subject_of(case) for case in case_ids if re.search(test_regex, case)}
+        if not test:
+            raise SplitProblem(f"split.test_regex {test_regex!r} matches none of the cases")
+    else:
+        test = set(shuffled[: round(test_fraction * len(subjects))])
+    rest = [subject for subject in shuffled if subject not in test]
+    if num_folds:
+        if num_folds > len(rest):
+            raise SplitProblem(
+                f"split.num_folds is {num_folds} but only {len(rest)} subjects are left to fold"
+            )
+        val = set(rest[fold::num_folds])
+    else:
+        val = set(rest[: max(1, round(val_fraction * len(subjects)))])
+
+    split = {name: [] for name in SETS}
+    for case in sorted(case_ids):
+        subject = subject_of(case)
+        split["test" if subject in test else "val" if subject in val else "train"].append(case)
+    return _checked(split, case_ids, subject_of, source="the split")
+
+
+def subject_from_regex(regex):
+    """Returns the function from case id to subject: the first group of `regex`, or the id itself."""
+
+    def subject_of(case_id):
+        match = re.search(regex, case_id)
+        if match is None:
+            raise SplitProblem(f"split.subject_regex {regex!r} does not match case {case_id!r}")
+        return match.group(1)
+
+    return subject_of if regex else str
+
+
+def save_split(path, split):
+    """Writes a split as JSON that `split_from_file` reads, whole or not at all."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(split, file, indent=1)
+    os.replace(temporary, path)
+
+
+def _checked(split, case_ids, subject_of, source):
+    assigned = [case for cases in split.values() for case in cases]
+    problems = []
+    if unknown := sorted(set(assigned) - set(case_ids)):
+        problems.append(f"names cases that the dataset lacks: {', '.join(unknown)}")
+    if missing := sorted(set(case_ids) - set(assigned)):
+        problems.append(f"leaves cases out: {', '.join(missing)}")
+    sets_of = collections.defaultdict(set)
+    for name, cases in split.items():
+        for case in cases:
+            sets_of[subject_of(case)].add(name)
+    leaks = [f"{s} in {' and '.join(sorted(n))}" for s, n in sorted(sets_of.items()) if len(n) > 1]
+    if leaks:
+        problems.append(f"puts a subject into two sets: {', '.join(leaks)}")
+    problems += [f'has no case in "{name}"' for name in ("train", "val") if not split[name]]
+    if problems:
+        raise SplitProblem(f"{source} " + "; ".join(problems))
+    return split

@@ -1,0 +1,131 @@
+"""From a config to what it describes: the data, the network, the optimiser. Configs stop here."""
+
+import dataclasses
+import functools
+import os
+
+from jaxseg import config as config_lib
+from jaxseg import losses, optim
+from jaxseg.data import builder, cases, demo, splits
+from jaxseg.models import create_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run knows of its data.
+
+    Attributes:
+      dataset: `jaxseg.data.cases.Dataset`.
+      split: dict from "train", "val", "test" to case ids.
+      store: CaseStore.
+      plan: preprocessing Plan.
+      fingerprint: SHA-256 of the data.
+    """
+
+    dataset: cases.Dataset
+    split: dict
+    store: builder.CaseStore
+    plan: object
+    fingerprint: str
+
+    def cases_of(self, set_name):
+        """The cases of "train", "val" or "test"."""
+        chosen = set(self.split[set_name])
+        return [case for case in self.dataset.cases if case.case_id in chosen]
+
+    @property
+    def num_channels(self):
+        return len(self.plan.normalisation)
+
+    @property
+    def num_classes(self):
+        return len(self.dataset.class_names)
+
+
+def workdir_of(config):
+    """The run's folder as an absolute path."""
+    return os.path.abspath(os.path.expanduser(config.workdir or os.path.join("runs", config.name)))
+
+
+def load_data(config, log):
+    """Finds the dataset, splits it by subject, prepares it or finds it prepared.
+
+    Args:
+      config: validated ConfigDict.
+      log: `jaxseg.writers.RunLog`.
+    Raises:
+      DatasetProblems, SplitProblem, OSError: the data can not be used.
+    """
+    cache_dir = os.path.expanduser(config.data.cache_dir)
+    dataset = find_dataset(config, cache_dir, log)
+    split = make_split(config, dataset)
+    store, plan, fingerprint = builder.prepare(
+        dataset,
+        split["train"],
+        cache_dir=os.path.join(cache_dir, "prepared"),
+        progress=log.progress,
+        **config.preprocess.to_dict(),
+    )
+    return Data(dataset, split, store, plan, fingerprint)
+
+
+def find_dataset(config, cache_dir, log):
+    """The dataset in `data.dir`, or the demonstration cohort, made in `cache_dir` when missing."""
+    if not config.data.dir:
+        log.text(
+            "no --config.data.dir: training on the embedded demonstration cohort (brain tissue, "
+            "deformed from the MNI152 templates). A first run, not evidence of quality."
+        )
+        folder = os.path.join(cache_dir, "demo_brain")
+        progress = functools.partial(log.progress, title="making the cohort")
+        return cases.find_msd_cases(demo.create_demo_cohort(folder, progress=progress))
+    root = os.path.abspath(os.path.expanduser(config.data.dir))
+    if config.data.kind == "msd":
+        return cases.find_msd_cases(root)
+    return cases.find_image_cases(
+        root,
+        config.data.image_glob,
+        config.data.label_pattern,
+        tuple(config.data.class_names),
+        tuple(config.data.label_values) or None,
+    )
+
+
+def make_split(config, dataset):
+    """The train, val and test cases that `config.split` asks for."""
+    options = config.split.to_dict()
+    file, regex = options.pop("file"), options.pop("subject_regex")
+    case_ids = [case.case_id for case in dataset.cases]
+    subject_of = splits.subject_from_regex(regex)
+    if file:
+        path = os.path.join(dataset.root, file)
+        return splits.split_from_file(path, case_ids, subject_of=subject_of, fold=config.split.fold)
+    return splits.split_by_subject(case_ids, seed=config.seed, subject_of=subject_of, **options)
+
+
+def create_model_for(config, num_classes, axis_name=None):
+    """The network that `config.model` describes."""
+    options = config_lib.model_options(config)
+    return create_model(config.model.name, num_classes, axis_name=axis_name, **options)
+
+
+def loss_fn_for(config):
+    """The loss that `config.loss` names."""
+    return losses.LOSSES[config.loss.name]
+
+
+def create_tx(config):
+    """The optimiser that `config.optim` describes."""
+    schedule = optim.create_schedule(
+        config.optim.schedule,
+        learning_rate=config.optim.learning_rate,
+        num_steps=config.train.num_steps,
+        warmup_steps=config.optim.warmup_steps,
+    )
+    return optim.create_optimizer(
+        config.optim.name,
+        schedule,
+        weight_decay=config.optim.weight_decay,
+        momentum=config.optim.momentum,
+        clip_norm=config.optim.clip_norm,
+    )

@@ -1,0 +1,186 @@
+"""Voxel grids in the world: spacing, orientation, resampling, and their inverses.
+
+An affine maps voxel indices (i, j, k, 1) to world millimetres in RAS+ axes (x to the right, y to
+the front, z to the head), as in NIfTI. Voxel centres lie on whole indices, so a volume of n voxels
+reaches from -0.5 to n - 0.5 along an axis; resampling keeps those outer faces where they are.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+# Smallest singular value of the matrix of unit axis directions; 1 means perpendicular axes.
+_MIN_INDEPENDENCE = 1e-6
+
+
+def check_affine(affine):
+    """Refuses an affine that does not place voxels in three independent directions.
+
+    Args:
+      affine: Voxel to world (mm), [4, 4].
+    Raises:
+      ValueError: The affine is not 4x4, not finite, or singular.
+    """
+    affine = np.asarray(affine, np.float64)
+    if affine.shape != (4, 4):
+        raise ValueError(f"the affine has shape {list(affine.shape)}, not [4, 4]")
+    if not np.isfinite(affine).all():
+        raise ValueError(f"the affine is not finite: {affine.tolist()}")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if (
+        lengths.min() == 0
+        or np.linalg.svd(affine[:3, :3] / lengths, compute_uv=False).min() < _MIN_INDEPENDENCE
+    ):
+        raise ValueError(f"the affine is singular: its axes are {affine[:3, :3].tolist()}")
+
+
+def spacing_mm_from_affine(affine):
+    """Distance between neighbouring voxel centres along each voxel axis.
+
+    Args:
+      affine: Voxel to world (mm), [4, 4].
+    Returns:
+      [3] float64, in mm.
+    """
+    return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
+
+
+def to_canonical(array, affine):
+    """Permutes and flips voxel axes so that they run as closely as possible along RAS+.
+
+    Args:
+      array: [X, Y, Z] or [X, Y, Z, C], any dtype.
+      affine: Voxel to world (mm) of `array`, [4, 4].
+    Returns:
+      (array, affine): a view of the same values with each voxel still at its world position, and
+      its affine, [4, 4] float64.
+    Raises:
+      ValueError: `affine` fails `check_affine`.
+    Reference: the convention of nibabel.as_closest_canonical.
+    """
+    source_axes, flips = _canonical_axes(affine)
+    shape = np.asarray(array.shape[:3])[source_axes]
+    step = np.asarray(affine, np.float64)[:3, source_axes]
+    canonical = np.eye(4)
+    canonical[:3, :3] = np.where(flips, -step, step)
+    canonical[:3, 3] = affine[:3, 3] + step @ np.where(flips, shape - 1, 0)
+    array = np.transpose(array, (*source_axes, *range(3, array.ndim)))
+    return np.flip(array, np.flatnonzero(flips)), canonical
+
+
+def from_canonical(array, affine):
+    """Undoes `to_canonical`, value for value.
+
+    Args:
+      array: In canonical axes, [X, Y, Z] or [X, Y, Z, C], any dtype.
+      affine: The affine that was given to `to_canonical`, [4, 4].
+    Returns:
+      A view of `array` on the original axes.
+    Raises:
+      ValueError: `affine` fails `check_affine`.
+    """
+    source_axes, flips = _canonical_axes(affine)
+    array = np.flip(array, np.flatnonzero(flips))
+    return np.transpose(array, (*np.argsort(source_axes), *range(3, array.ndim)))
+
+
+def resampled_shape(shape, spacing_mm, target_spacing_mm):
+    """Grid size that covers the same extent at another spacing.
+
+    Args:
+      shape: Voxels along each axis, 3 ints.
+      spacing_mm: Spacing of that grid, 3 floats.
+      target_spacing_mm: Wanted spacing, 3 floats.
+    Returns:
+      Tuple of 3 ints, each rounded to the nearest and at least 1.
+    """
+    ratio = np.asarray(spacing_mm, np.float64) / np.asarray(target_spacing_mm, np.float64)
+    return tuple(max(1, int(n)) for n in np.round(np.asarray(shape) * ratio))
+
+
+def resample_to_shape(array, shape, order):
+    """Interpolates a volume on a grid of another size that covers the same extent.
+
+    Output voxel o reads the input at (o + 0.5) n_in / n_out - 0.5; beyond the outermost voxel
+    centres the edge value continues. Does not smooth before coarsening.
+
+    Args:
+      array: [X, Y, Z, C], any real dtype.
+      shape: Wanted grid size, 3 ints.
+      order: Spline order: 0 nearest, 1 linear, 3 cubic.
+    Returns:
+      [*shape, C] float32; the values of `array` where the size does not change.
+    """
+    array = np.asarray(array, np.float32)
+    if array.shape[:3] == tuple(shape):
+        return array.copy()
+    return np.stack([_zoom(channel, shape, order) for channel in np.moveaxis(array, -1, 0)], -1)
+
+
+def resample_label_to_shape(label, shape, num_classes, order):
+    """Resamples class indices without inventing classes, on the grid of `resample_to_shape`.
+
+    Args:
+      label: Class indices in [0, num_classes), [X, Y, Z], integer.
+      shape: Wanted grid size, 3 ints.
+      num_classes: Number of classes, at most 256.
+      order: 0 takes the nearest voxel; 1 interpolates each class's indicator linearly and takes
+        the largest (the lowest class of equals).
+    Returns:
+      [*shape] uint8.
+    Raises:
+      ValueError: `order` is neither 0 nor 1, or a label lies outside [0, num_classes).
+    """
+    if order not in (0, 1):
+        raise ValueError(f"a label is resampled with order 0 or 1, not {order}")
+    classes = np.unique(label)
+    if classes.size and not 0 <= classes[0] <= classes[-1] < num_classes:
+        raise ValueError(f"label values {classes.tolist()} are not all in [0, {num_classes})")
+    if label.shape == tuple(shape):
+        return label.astype(np.uint8)
+    if order == 0:
+        return _zoom(label.astype(np.uint8), shape, order)
+    result = np.zeros(shape, np.uint8)
+    largest = np.zeros(shape, np.float32)
+    for index in classes:
+        share = _zoom((label == index).astype(np.float32), shape, order)
+        result[share > largest] = index
+        np.maximum(largest, share, out=largest)
+    return result
+
+
+def resampled_affine(affine, shape, new_shape):
+    """Affine of the grid that `resample_to_shape` makes: the outer faces stay in place.
+
+    Args:
+      affine: Voxel to world (mm) of the grid of size `shape`, [4, 4].
+      shape: Size of that grid, 3 ints.
+      new_shape: Size of the resampled grid, 3 ints.
+    Returns:
+      [4, 4] float64.
+    """
+    factor = np.asarray(shape, np.float64) / np.asarray(new_shape, np.float64)
+    result = np.array(affine, np.float64)
+    result[:3, 3] += result[:3, :3] @ ((factor - 1) / 2)
+    result[:3, :3] *= factor
+    return result
+
+
+def _canonical_axes(affine):
+    """For each world axis the voxel axis that runs along it, and whether it runs backwards."""
+    check_affine(affine)
+    axes = np.asarray(affine, np.float64)[:3, :3]
+    left, _, right = np.linalg.svd(axes / np.linalg.norm(axes, axis=0))
+    rotation = left @ right  # the closest matrix without shear
+    source_axes = np.zeros(3, int)
+    free = np.abs(rotation)
+    # The voxel axis that is most nearly a world axis chooses first, so ties never share one.
+    for voxel_axis in np.argsort(-np.square(rotation).max(axis=0), kind="stable"):
+        world_axis = np.argmax(free[:, voxel_axis])
+        source_axes[world_axis] = voxel_axis
+        free[world_axis] = -1
+    return source_axes, rotation[range(3), source_axes] < 0
+
+
+def _zoom(volume, shape, order):
+    factors = np.divide(shape, volume.shape)
+    return ndimage.zoom(volume, factors, order=order, mode="nearest", grid_mode=True)

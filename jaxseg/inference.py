@@ -1,0 +1,87 @@
+"""Whole cases through a network that sees patches: tile, predict, blend. Pure functions of arrays."""
+
+import itertools
+
+import numpy as np
+
+
+def tile_starts(size, patch):
+    """Starts of patches that cover an axis with at least half overlap, evenly spread.
+
+    Args:
+      size: length of the axis, at least `patch`.
+      patch: length of a patch.
+    Returns:
+      Increasing list of ints; the first is 0, the last `size - patch`.
+    """
+    step = max(patch // 2, 1)
+    num_tiles = 1 if size == patch else 1 + -(-(size - patch) // step)
+    return [round(start) for start in np.linspace(0, size - patch, num_tiles)]
+
+
+def blending_weights(patch_size):
+    """Gaussian weights that trust a patch's centre more than its border.
+
+    Args:
+      patch_size: spatial shape.
+    Returns:
+      [*patch_size] float32 in (0, 1]; standard deviation one eighth of each side, as in nnU-Net, with
+      a floor of 1e-3 of the maximum, so that a voxel that is only ever at a border keeps a weight.
+    """
+    weights = np.ones(())
+    for size in patch_size:
+        distance = (np.arange(size) - (size - 1) / 2) / (size / 8)
+        weights = weights[..., None] * np.exp(-0.5 * distance**2)
+    return np.maximum(weights / weights.max(), 1e-3).astype(np.float32)
+
+
+def predict_case(predict_fn, image, label, *, patch_size, batch_size):
+    """Class probabilities of one whole preprocessed case.
+
+    Every batch has the same shape, so the network is compiled once. The case is padded with zeros,
+    evenly on both sides, where it is smaller than the patch, as in training.
+
+    Args:
+      predict_fn: function from a batch (dict of image [B, *P, C] float32, label [B, *P] int32 and
+        valid [B, *P] float32, 0 in the padding and in examples that fill up the last batch) to probs
+        [B, *P, K] float32.
+      image: [X, Y, Z, C] float32.
+      label: [X, Y, Z] class indices; enters the batches (for the loss), never the prediction.
+      patch_size: two entries predict slices along Z, three predict blocks.
+      batch_size: patches per batch.
+    Returns:
+      [X, Y, Z, K] float32.
+    """
+    patch = (*patch_size, 1)[:3]
+    flat = len(patch_size) == 2
+    padding = [
+        (max(p - n, 0) - max(p - n, 0) // 2, max(p - n, 0) // 2)
+        for p, n in zip(patch, label.shape, strict=True)
+    ]
+    arrays = {
+        "image": np.pad(image, [*padding, (0, 0)]),
+        "label": np.pad(label.astype(np.int32), padding),
+        "valid": np.pad(np.ones(label.shape, np.float32), padding),
+    }
+    shape = arrays["label"].shape
+    starts = list(itertools.product(*map(tile_starts, shape, patch)))
+    tiles = [tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True)) for start in starts]
+    weights = blending_weights(patch_size).reshape(*patch, 1)
+
+    total, total_weight = None, np.zeros((*shape, 1), np.float32)
+    for first in range(0, len(tiles), batch_size):
+        chosen = tiles[first : first + batch_size]
+        batch = {}
+        for name, array in arrays.items():
+            parts = np.stack([array[tile] for tile in chosen])
+            parts = parts[:, :, :, 0] if flat else parts
+            filler = np.zeros((batch_size - len(chosen), *parts.shape[1:]), parts.dtype)
+            batch[name] = np.concatenate([parts, filler])
+        probs = predict_fn(batch)
+        if total is None:
+            total = np.zeros((*shape, probs.shape[-1]), np.float32)
+        for tile, patch_probs in zip(chosen, probs, strict=False):
+            total[tile] += weights * patch_probs.reshape(*patch, -1)
+            total_weight[tile] += weights
+    inside = tuple(slice(low, low + n) for (low, _), n in zip(padding, label.shape, strict=True))
+    return total[inside] / total_weight[inside]

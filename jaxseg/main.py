@@ -1,0 +1,65 @@
+"""Trains what a config describes: `python -m jaxseg.main --config=configs/unet.py`.
+
+Any field can be set on the command line: `--config.optim.learning_rate=1e-3`.
+"""
+
+import os
+import sys
+
+# Read when TensorFlow is loaded. oneDNN would make its sums depend on the number of threads; the
+# start-up notes say nothing to a person who trains a network.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import tensorflow as tf
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxseg import config as config_lib
+from jaxseg.data.cases import DatasetProblems
+from jaxseg.data.splits import SplitProblem
+from jaxseg.train import RunProblem, train
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+
+
+def main(argv):
+    """Validates, trains, and turns every expected failure into one clear message."""
+    if len(argv) > 1:
+        _exit(f"unexpected argument {argv[1]!r}: set fields with --config.FIELD=VALUE")
+    if _CONFIG.value is None:
+        _exit("say which experiment: --config=configs/unet.py")
+    logging.set_verbosity(logging.ERROR)
+    tf.config.set_visible_devices([], "GPU")  # they are JAX's
+    tf.config.set_visible_devices([], "TPU")
+    try:
+        config_lib.validate(_CONFIG.value)
+        stopped_by = train(_CONFIG.value)
+    except (config_lib.ConfigProblems, DatasetProblems, RunProblem, SplitProblem, OSError) as error:
+        _exit(str(error))
+    if stopped_by:
+        sys.exit(128 + stopped_by)
+
+
+def _parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
+        # A misspelt field arrives as an AttributeError that names the nearest one.
+        _exit(str(error).strip("\"'").replace("\\n", "\n"))
+
+
+def _exit(message):
+    print(f"jaxseg: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run():
+    """Console script."""
+    jax.config.config_with_absl()
+    app.run(main, flags_parser=_parse_flags)
+
+
+if __name__ == "__main__":
+    run()

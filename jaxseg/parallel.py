@@ -1,0 +1,73 @@
+"""Spreads a step over devices. The only file that names `pmap`."""
+
+import collections
+import itertools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS_NAME = "batch"
+
+
+def pmap_train_step(step):
+    """Maps (state, batch, key) -> (state, metrics) over all devices; the old state's memory is reused.
+
+    State, key and metrics are replicated; batch leaves are [devices, B per device, ...]. `step` must
+    have reduced whatever differs per device: `pmap` does not notice if it has not.
+    """
+    return jax.pmap(
+        step, axis_name=AXIS_NAME, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0
+    )
+
+
+def pmap_eval_step(step):
+    """Maps (state, batch) -> (probs, sums): probs [devices, B per device, ...], sums replicated."""
+    return jax.pmap(step, axis_name=AXIS_NAME, in_axes=(None, 0), out_axes=(0, None))
+
+
+def replicate(tree):
+    """Places a tree of arrays on every device, as the mapped steps return it."""
+    return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
+
+
+def shard(batch):
+    """Splits every leaf [B, ...] over the local devices: [devices, B per device, ...].
+
+    The copy to the devices has begun, not necessarily ended, when this returns.
+
+    Raises:
+      ValueError: B is not divisible by the number of local devices.
+    """
+    num_devices = jax.local_device_count()
+    sharding = NamedSharding(_mesh(), PartitionSpec(AXIS_NAME))
+
+    def place(x):
+        if len(x) % num_devices:
+            raise ValueError(
+                f"a batch of {len(x)} can not be split over {num_devices} devices: "
+                f"set --config.train.batch_size to a multiple of {num_devices}"
+            )
+        parts = x.reshape(num_devices, -1, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, parts)
+
+    return jax.tree.map(place, batch)
+
+
+def unshard(x):
+    """Brings [devices, B per device, ...] back to the host as [B, ...]."""
+    x = np.asarray(x)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def prefetch_to_device(batches, size=2):
+    """Yields sharded batches, `size` of them under way to the devices while one is computed on."""
+    batches = iter(batches)
+    queue = collections.deque(shard(batch) for batch in itertools.islice(batches, size))
+    while queue:
+        yield queue.popleft()
+        queue.extend(shard(batch) for batch in itertools.islice(batches, 1))
+
+
+def _mesh():
+    return Mesh(np.asarray(jax.devices()), (AXIS_NAME,))

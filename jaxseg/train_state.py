@@ -1,0 +1,43 @@
+"""What a training run carries from one step to the next."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes while training, and nothing else.
+
+    Attributes:
+      step: number of optimiser updates done, int32 scalar.
+      params: float32 parameters.
+      batch_stats: running statistics of batch normalisation; {} without it.
+      opt_state: the optimiser's state.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def create_train_state(model, tx, key, image_shape):
+    """Initial state, a pure function of `key`.
+
+    Args:
+      model: flax.linen module.
+      tx: optax.GradientTransformation.
+      key: typed PRNG key.
+      image_shape: shape of one training image, (*S, C).
+    """
+    variables = jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(params),
+    )

@@ -1,0 +1,148 @@
+"""Where a run speaks: the terminal, a plain log file, JSON lines, and TensorBoard when installed."""
+
+import contextlib
+import csv
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+
+import tensorflow as tf
+from tqdm import tqdm
+
+LOG_NAME = "train.log"
+METRICS_NAME = "metrics.jsonl"
+
+
+class RunLog:
+    """Text and numbers of one run, appended to the files in its folder.
+
+    Args:
+      workdir: existing folder.
+      first_step: step the run goes on from; numbers of later steps, written before an interruption,
+        are dropped, since those steps are about to be done again.
+    """
+
+    def __init__(self, workdir, first_step=0):
+        metrics_path = os.path.join(workdir, METRICS_NAME)
+        if os.path.exists(metrics_path):
+            kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
+            write_text(metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._text = open(os.path.join(workdir, LOG_NAME), "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = None
+        if importlib.util.find_spec("tensorboard"):
+            self._tensorboard = tf.summary.create_file_writer(os.path.join(workdir, "tensorboard"))
+
+    def text(self, line):
+        """Shows a line on the terminal and appends it, with the time, to the log file."""
+        tqdm.write(line, file=sys.stdout)
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._text.flush()
+
+    def scalars(self, step, values):
+        """Appends a row of numbers to the metrics file; a non-finite number becomes null."""
+        row = {"step": step} | json_ready(values)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is not None:
+            with self._tensorboard.as_default():
+                for name, value in values.items():
+                    tf.summary.scalar(name, value, step)
+
+    def progress(self, items, title):
+        """Wraps an iterable: a bar on a terminal, a line at the end in the log."""
+        start = time.monotonic()
+        count = 0
+        for item in tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty()):
+            yield item
+            count += 1
+        self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
+
+    def close(self):
+        self._text.close()
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class StepProgress:
+    """Progress over training steps: a bar on a terminal, and lines with rate and time to go."""
+
+    def __init__(self, log, first_step, num_steps, batch_size):
+        self._log = log
+        self._first_step, self._num_steps = first_step, num_steps
+        self._batch_size = batch_size
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+        )
+        self._last = (time.monotonic(), first_step)
+
+    def advance(self):
+        self._bar.update()
+
+    def report(self, step, values):
+        """Logs numbers at a step, with images/s since the last report; returns images/s."""
+        now = time.monotonic()
+        then, last_step = self._last
+        seconds_per_step = (now - then) / max(step - last_step, 1)
+        images_per_s = self._batch_size / max(seconds_per_step, 1e-9)
+        eta_s = seconds_per_step * (self._num_steps - step)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._log.text(
+            f"step {step}/{self._num_steps}  {shown}  {images_per_s:.1f} images/s  "
+            f"ETA {tqdm.format_interval(eta_s)}"
+        )
+        self.restart_clock(step)
+        return images_per_s
+
+    def restart_clock(self, step):
+        """Leaves what happened since the last report (validation, say) out of the next rate."""
+        self._last = (time.monotonic(), step)
+
+    def close(self):
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name beside `path` that takes its place if nothing fails."""
+    stem, suffix = os.path.splitext(path)
+    temporary = f"{stem}.tmp{suffix}"
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    """Writes a text file whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read_metrics(workdir):
+    """Returns the rows of a run's metrics file as dicts."""
+    with open(os.path.join(workdir, METRICS_NAME), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def json_ready(value):
+    """Replaces NaN and infinities, which JSON can not hold, by None; numpy values by Python's."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_csv(path, rows):
+    """Writes a non-empty list of dicts with the same keys as CSV, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

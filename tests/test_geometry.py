@@ -1,0 +1,263 @@
+import itertools
+
+import nibabel
+import numpy as np
+import pytest
+
+from jaxseg import geometry
+
+
+def random_affine(rng):
+    """Oblique, often left-handed, permuted and strongly anisotropic, slightly sheared."""
+    rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    shear = np.eye(3) + np.triu(rng.normal(scale=0.1, size=(3, 3)), 1)
+    affine = np.eye(4)
+    affine[:3, :3] = rotation @ shear @ np.diag(rng.uniform(0.2, 8.0, 3))
+    affine[:3, 3] = rng.normal(scale=100, size=3)
+    return affine
+
+
+def signed_permutation_affines():
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            affine = np.eye(4)
+            affine[:3, :3] = np.eye(3)[:, axes] * signs * np.array([0.5, 1.0, 3.0])
+            affine[:3, 3] = (10, -20, 30)
+            yield affine
+
+
+def many_affines():
+    rng = np.random.default_rng(0)
+    return [*signed_permutation_affines(), *(random_affine(rng) for _ in range(300))]
+
+
+def trilinear(volume, shape):
+    """Float64 voxel-extent-aligned trilinear interpolation, one voxel at a time."""
+    volume = np.asarray(volume, np.float64)
+    result = np.zeros(shape)
+    for target in np.ndindex(*shape):
+        weights = []
+        for o, n_out, n_in in zip(target, shape, volume.shape, strict=True):
+            position = min(max((o + 0.5) * n_in / n_out - 0.5, 0), n_in - 1)
+            low = min(int(position), max(n_in - 2, 0))
+            high = min(low + 1, n_in - 1)
+            weights.append(((low, 1 - (position - low)), (high, position - low)))
+        for corner in itertools.product(*weights):
+            index, share = zip(*corner, strict=True)
+            result[target] += volume[index] * np.prod(share)
+    return result
+
+
+def test_spacing_is_the_length_of_the_columns():
+    affine = np.array([[3, 0, 0, 7], [4, 0, -2, 8], [0, 0.5, 0, 9], [0, 0, 0, 1]], np.float32)
+    spacing = geometry.spacing_mm_from_affine(affine)
+    assert spacing.dtype == np.float64
+    np.testing.assert_array_equal(spacing, [5, 0.5, 2])
+
+
+def test_to_canonical_agrees_with_nibabel():
+    array = np.arange(2 * 3 * 4 * 2, dtype=np.int16).reshape(2, 3, 4, 2)
+    for affine in many_affines():
+        expected = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine))
+        canonical, canonical_affine = geometry.to_canonical(array, affine)
+        np.testing.assert_array_equal(canonical, np.asarray(expected.dataobj))
+        np.testing.assert_allclose(canonical_affine, expected.affine, rtol=1e-12, atol=1e-11)
+        orientation = nibabel.io_orientation(canonical_affine)
+        np.testing.assert_array_equal(orientation, [[0, 1], [1, 1], [2, 1]])
+
+
+@pytest.mark.parametrize("angle_deg", [45, 135, -45, 225])
+def test_to_canonical_breaks_ties_as_nibabel_does(angle_deg):
+    cos, sin = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))
+    affine = np.eye(4)
+    affine[:3, :3] = [[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]
+    array = np.arange(24).reshape(2, 3, 4)
+    expected = nibabel.as_closest_canonical(nibabel.Nifti1Image(array.astype(np.int16), affine))
+    canonical, _ = geometry.to_canonical(array, affine)
+    np.testing.assert_array_equal(canonical, np.asarray(expected.dataobj))
+
+
+def test_to_canonical_by_hand():
+    # Voxel axis 0 runs to the head, axis 1 to the left, axis 2 to the front.
+    affine = np.array([[0, -2, 0, 10], [0, 0, 3, 0], [1, 0, 0, 5], [0, 0, 0, 1.0]])
+    array = np.zeros((4, 5, 6))
+    array[1, 0, 2] = 7
+    canonical, canonical_affine = geometry.to_canonical(array, affine)
+    assert canonical.shape == (5, 6, 4)
+    assert canonical[4, 2, 1] == 7
+    expected = [[2, 0, 0, 2], [0, 3, 0, 0], [0, 0, 1, 5], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(canonical_affine, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 5, 2)])
+def test_from_canonical_undoes_to_canonical_bit_for_bit(shape):
+    array = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    array.flat[0] = np.nan
+    for affine in many_affines():
+        canonical, _ = geometry.to_canonical(array, affine)
+        restored = geometry.from_canonical(canonical, affine)
+        assert restored.dtype == array.dtype
+        assert np.ascontiguousarray(restored).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("affine", "message"),
+    [
+        (np.diag([1, 0, 1, 1]), "singular"),
+        ([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "singular"),
+        (np.diag([1, np.nan, 1, 1]), "not finite"),
+        (np.diag([1, np.inf, 1, 1]), "not finite"),
+        (np.eye(3), r"\[3, 3\]"),
+    ],
+)
+def test_check_affine_refuses(affine, message):
+    with pytest.raises(ValueError, match=message):
+        geometry.check_affine(affine)
+    if np.shape(affine) == (4, 4):
+        with pytest.raises(ValueError, match=message):
+            geometry.to_canonical(np.zeros((2, 2, 2)), np.asarray(affine))
+
+
+def test_check_affine_accepts_any_scale():
+    geometry.check_affine(np.diag([1e-4, 1, 1e4, 1]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm", "target_spacing_mm", "expected"),
+    [
+        ((10, 10, 10), (1, 1, 1), (1, 2, 0.5), (10, 5, 20)),
+        ((512, 512, 37), (0.7, 0.7, 5.0), (1.0, 1.0, 3.0), (358, 358, 62)),
+        ((3, 1, 4), (1, 1, 1), (100, 5, 3), (1, 1, 1)),
+    ],
+)
+def test_resampled_shape(shape, spacing_mm, target_spacing_mm, expected):
+    assert geometry.resampled_shape(shape, spacing_mm, target_spacing_mm) == expected
+
+
+@pytest.mark.parametrize("shape", [(9, 4, 7), (3, 5, 2), (5, 6, 1), (1, 1, 1), (5, 6, 8)])
+def test_linear_resampling_matches_a_float64_reference(shape):
+    array = np.random.default_rng(2).normal(scale=100, size=(5, 6, 4, 2)).astype(np.float32)
+    result = geometry.resample_to_shape(array, shape, order=1)
+    assert result.dtype == np.float32
+    expected = np.stack([trilinear(array[..., c], shape) for c in range(2)], -1)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_single_slice_stays_the_same_when_made_thicker():
+    array = np.random.default_rng(3).normal(size=(4, 4, 1, 1)).astype(np.float32)
+    result = geometry.resample_to_shape(array, (4, 4, 3), order=1)
+    np.testing.assert_allclose(result, np.repeat(array, 3, axis=2), atol=1e-6)
+
+
+def test_nearest_resampling_by_hand():
+    array = np.array([10, 20, 30, 40], np.int16)[:, None, None, None]
+    upsampled = geometry.resample_to_shape(array, (8, 1, 1), order=0)
+    np.testing.assert_array_equal(upsampled.ravel(), [10, 10, 20, 20, 30, 30, 40, 40])
+    # Centres at 1/6, 9/6 (a tie, taken upwards) and 17/6.
+    downsampled = geometry.resample_to_shape(array, (3, 1, 1), order=0)
+    np.testing.assert_array_equal(downsampled.ravel(), [10, 30, 40])
+
+
+def test_cubic_resampling_follows_a_cubic_away_from_the_border():
+    x = np.linspace(-1, 1, 60)
+    array = (x**3 - x**2)[:, None, None, None]
+    result = geometry.resample_to_shape(array, (90, 1, 1), order=3).ravel()
+    position = (np.arange(90) + 0.5) * 60 / 90 - 0.5
+    fine = np.interp(position, np.arange(60), x)
+    np.testing.assert_allclose(result[25:-25], (fine**3 - fine**2)[25:-25], atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_resampling_to_the_same_shape_changes_no_value(order):
+    array = np.random.default_rng(4).normal(size=(3, 4, 5, 2)).astype(np.float32)
+    result = geometry.resample_to_shape(array, (3, 4, 5), order)
+    np.testing.assert_array_equal(result, array)
+    assert not np.shares_memory(result, array)
+
+
+@pytest.mark.parametrize(("order", "tolerance"), [(1, 5e-3), (3, 1e-3)])
+def test_a_smooth_field_survives_down_and_up(order, tolerance):
+    x, y, z = np.meshgrid(*(np.linspace(0, 1, n) for n in (40, 36, 32)), indexing="ij")
+    field = (np.sin(3 * x) * np.cos(2 * y) + z)[..., None].astype(np.float32)
+    small = geometry.resample_to_shape(field, (20, 24, 16), order)
+    restored = geometry.resample_to_shape(small, field.shape[:3], order)
+    assert np.abs(restored - field).max() < 0.06  # the edge value continues, the field does not
+    assert np.abs(restored - field)[6:-6, 6:-6, 6:-6].max() < tolerance
+
+
+def test_resampled_affine_by_hand():
+    result = geometry.resampled_affine(np.diag([1, 2, 3, 1.0]), (10, 10, 10), (5, 20, 10))
+    expected = [[2, 0, 0, 0.5], [0, 1, 0, -0.5], [0, 0, 3, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_resampled_affine_keeps_centre_and_outer_corners():
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        affine, shape, new_shape = (
+            random_affine(rng),
+            rng.integers(1, 50, 3),
+            rng.integers(1, 50, 3),
+        )
+        resampled = geometry.resampled_affine(affine, shape, new_shape)
+        for fraction in [(0.5, 0.5, 0.5), *itertools.product((0, 1), repeat=3)]:
+            before = affine @ [*(np.multiply(fraction, shape) - 0.5), 1]
+            after = resampled @ [*(np.multiply(fraction, new_shape) - 0.5), 1]
+            np.testing.assert_allclose(after, before, atol=1e-9)
+
+
+def test_resampled_values_lie_where_the_resampled_affine_says():
+    affine = random_affine(np.random.default_rng(6))
+    shape, new_shape = (12, 9, 10), (7, 13, 10)
+
+    def world(of_affine, grid):
+        index = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1)
+        return index @ of_affine[:3, :3].T + of_affine[:3, 3]
+
+    result = geometry.resample_to_shape(world(affine, shape), new_shape, order=1)
+    expected = world(geometry.resampled_affine(affine, shape, new_shape), new_shape)
+    np.testing.assert_allclose(result[1:-1, 1:-1], expected[1:-1, 1:-1], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(9, 4, 7), (3, 5, 2), (5, 6, 8)])
+def test_linear_label_resampling_is_the_largest_interpolated_indicator(shape):
+    label = np.random.default_rng(7).integers(0, 4, (5, 6, 4))
+    label[label == 2] = 0  # an absent class
+    shares = np.stack([trilinear(label == c, shape) for c in range(4)], -1)
+    largest_two = np.sort(shares, -1)[..., -2:]
+    clear = largest_two[..., 1] - largest_two[..., 0] > 1e-5
+    result = geometry.resample_label_to_shape(label, shape, num_classes=4, order=1)
+    assert result.dtype == np.uint8
+    assert clear.mean() > 0.5
+    np.testing.assert_array_equal(result[clear], shares.argmax(-1)[clear])
+
+
+def test_linear_label_resampling_gives_a_tie_to_the_lowest_class():
+    label = np.array([3, 1])[:, None, None]
+    result = geometry.resample_label_to_shape(label, (1, 1, 1), num_classes=4, order=1)
+    assert result.ravel() == [1]
+
+
+def test_nearest_label_resampling_by_hand():
+    label = np.array([0, 255, 3], np.int64)[:, None, None]
+    result = geometry.resample_label_to_shape(label, (6, 1, 1), num_classes=256, order=0)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result.ravel(), [0, 0, 255, 255, 3, 3])
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_label_resampling_to_the_same_shape_changes_no_value(order):
+    label = np.random.default_rng(8).integers(0, 3, (3, 4, 5))
+    result = geometry.resample_label_to_shape(label, (3, 4, 5), num_classes=3, order=order)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, label)
+
+
+@pytest.mark.parametrize(
+    ("value", "order", "message"),
+    [(3, 1, "not all in"), (-1, 0, "not all in"), (1, 3, "order 0 or 1")],
+)
+def test_label_resampling_refuses(value, order, message):
+    label = np.full((2, 2, 2), value)
+    with pytest.raises(ValueError, match=message):
+        geometry.resample_label_to_shape(label, (4, 4, 4), num_classes=3, order=order)
