@@ -1,7 +1,8 @@
 """The vocabulary of an experiment: every field with its default, and what makes a config valid.
 
-A file in `configs/` starts from `base_config` and states only what differs. Augmentation defaults are
-those of nnU-Net v2 (Isensee et al. 2021) except translation, which nnU-Net gets from its random crop.
+A file in `configs/` starts from `base_config` and states only what differs. Augmentation defaults
+are those of nnU-Net v2 (Isensee et al. 2021) except translation, which nnU-Net gets from its random
+crop.
 """
 
 import difflib
@@ -52,7 +53,20 @@ CHOICES = {
     "optim.schedule": ("constant", "polynomial", "cosine"),
 }
 
-POSITIVE = ["data.patch_size", "preprocess.spacing_mm", "model.features", "model.num_convs", "optim.learning_rate", "optim.accumulate_steps", "train.num_steps", "train.batch_size", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"]
+POSITIVE = (
+    "data.patch_size",
+    "preprocess.spacing_mm",
+    "model.features",
+    "model.num_convs",
+    "optim.learning_rate",
+    "optim.accumulate_steps",
+    "train.num_steps",
+    "train.batch_size",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
 
 # A resumed run may change these without becoming another experiment.
 FREE_WHEN_RESUMING = ("workdir", "data.cache_dir", "train.log_every", "train.keep_checkpoints")

@@ -1,4 +1,4 @@
-"""Whole cases through a network that sees patches: tile, predict, blend. Pure functions of arrays."""
+"""Whole cases through a network that sees patches: tile, predict, blend. Pure functions."""
 
 import itertools
 
@@ -25,8 +25,8 @@ def blending_weights(patch_size):
     Args:
       patch_size: spatial shape.
     Returns:
-      [*patch_size] float32 in (0, 1]; standard deviation one eighth of each side, as in nnU-Net, with
-      a floor of 1e-3 of the maximum, so that a voxel that is only ever at a border keeps a weight.
+      [*patch_size] float32 in (0, 1]; standard deviation one eighth of each side, as in nnU-Net,
+      with a floor of 1e-3, so that a voxel that is only ever at a border keeps a weight.
     """
     weights = np.ones(())
     for size in patch_size:
@@ -43,8 +43,8 @@ def predict_case(predict_fn, image, label, *, patch_size, batch_size):
 
     Args:
       predict_fn: function from a batch (dict of image [B, *P, C] float32, label [B, *P] int32 and
-        valid [B, *P] float32, 0 in the padding and in examples that fill up the last batch) to probs
-        [B, *P, K] float32.
+        valid [B, *P] float32, 0 in the padding and in examples that fill up the last batch) to
+        probs [B, *P, K] float32.
       image: [X, Y, Z, C] float32.
       label: [X, Y, Z] class indices; enters the batches (for the loss), never the prediction.
       patch_size: two entries predict slices along Z, three predict blocks.

@@ -11,10 +11,10 @@ AXIS_NAME = "batch"
 
 
 def pmap_train_step(step):
-    """Maps (state, batch, key) -> (state, metrics) over all devices; the old state's memory is reused.
+    """Maps (state, batch, key) -> (state, metrics) over all devices; reuses the old state's memory.
 
-    State, key and metrics are replicated; batch leaves are [devices, B per device, ...]. `step` must
-    have reduced whatever differs per device: `pmap` does not notice if it has not.
+    State, key and metrics are replicated; batch leaves are [devices, B per device, ...]. `step`
+    must have reduced whatever differs per device: `pmap` does not notice if it has not.
     """
     return jax.pmap(
         step, axis_name=AXIS_NAME, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0

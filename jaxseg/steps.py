@@ -1,9 +1,9 @@
 """One step of training and one of evaluation, as pure functions that a device runs on its part.
 
-A batch is a dict of image [B, *S, C] float32, label [B, *S] int32 and valid [B, *S] float32 (1 where a
-voxel counts). Sums over examples are taken on every device and then over `axis_name`, numerator and
-denominator apart, so that the result does not depend on how examples were spread. An example with no
-valid voxel is a filler and counts for nothing.
+A batch is a dict of image [B, *S, C] float32, label [B, *S] int32 and valid [B, *S] float32 (1
+where a voxel counts). Sums over examples are taken on every device and then over `axis_name`,
+numerator and denominator apart, so that the result does not depend on how examples were spread. An
+example with no valid voxel is a filler and counts for nothing.
 """
 
 import jax
@@ -68,7 +68,7 @@ def train_step(state, batch, key, *, model, loss_fn, tx, axis_name=None, accumul
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    return new_state, {"loss": total / count, "grad_norm": optax.global_norm(grads)}
+    return new_state, {"loss": total / count, "grad_norm": optax.tree.norm(grads)}
 
 
 def eval_step(state, batch, *, model, loss_fn, axis_name=None):

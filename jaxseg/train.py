@@ -273,7 +273,8 @@ def mean_metrics(pending, last_step):
                 "Lower --config.optim.learning_rate, or set --config.optim.clip_norm, in a new "
                 "--config.workdir"
             )
-    return {name: float(np.mean([row[name] for row in values])) for name in values[0]}
+    names = ("loss", "grad_norm")
+    return {name: float(np.mean([row[name] for row in values])) for name in names}
 
 
 def validate(run, state):

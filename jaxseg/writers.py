@@ -1,4 +1,4 @@
-"""Where a run speaks: the terminal, a plain log file, JSON lines, and TensorBoard when installed."""
+"""Where a run speaks: the terminal, a log file, JSON lines, and TensorBoard when installed."""
 
 import contextlib
 import csv

@@ -23,11 +23,11 @@ MAX_CONTROL_SHIFT = 0.4
 MAX_ROTATION_DEG = 10
 SCALE_RANGE = (0.9, 1.1)
 BIAS_SPACING_MM = 70
-MAX_LOG_BIAS = 0.6
+MAX_LOG_BIAS = 0.4
 # Intensities relative to white matter; CSF < grey < white holds, as in every T1-weighted image.
 CSF_RANGE = (0.25, 0.55)
 GREY_RANGE = (0.65, 0.85)
-NOISE_RANGE = (0.01, 0.04)
+NOISE_RANGE = (0.01, 0.03)
 WHITE_RANGE = (500, 1500)
 
 NOTICE = """\

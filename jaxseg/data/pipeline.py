@@ -23,10 +23,10 @@ def train_batches(
 ):
     """Yields this process's part of the batches `start_step` ... `num_steps - 1`.
 
-    Example i of the run (i = t * batch_size + place in the batch) is drawn from (seed, i) alone: its
-    case from a permutation of the cases that is new in every epoch, its patch and its augmentation
-    from a generator of its own. Nothing is shuffled or kept between examples, so any step can be the
-    first, at no cost.
+    Example i of the run (i = t * batch_size + place in the batch) is drawn from (seed, i) alone:
+    its case from a permutation of the cases that is new in every epoch, its patch and its
+    augmentation from a generator of its own. Nothing is shuffled or kept between examples, so any
+    step can be the first, at no cost.
 
     Args:
       store: mapping from case id to PreparedCase.

@@ -19,8 +19,8 @@ class Plan:
     Attributes:
       spacing_mm: target spacing of the RAS+ grid, three floats.
       normalisation: "ct" or "zscore" for each channel.
-      intensity: for each "ct" channel (low, high, mean, std): clipping bounds, then mean and standard
-        deviation, all of the training cases' foreground; () for a "zscore" channel.
+      intensity: for each "ct" channel (low, high, mean, std): clipping bounds, then mean and
+        standard deviation, all of the training cases' foreground; () for a "zscore" channel.
       image_order: spline order of image resampling, 1 or 3.
       label_order: 0 nearest, 1 linear of one-hot labels.
     """
@@ -89,7 +89,7 @@ def preprocess_image(image, affine, plan):
       affine: [4, 4] of the file.
       plan: Plan.
     Returns:
-      (image, affine): [X', Y', Z', C] float32 on the RAS+ grid of `plan.spacing_mm`, and its affine.
+      (image, affine): [X', Y', Z', C] float32 on the RAS+ grid of `plan.spacing_mm`, its affine.
     """
     image, affine = geometry.to_canonical(image, affine)
     shape = image.shape[:3]

@@ -1,4 +1,4 @@
-"""Who is trained on, who chooses the checkpoint, who is tested: by subject, seeded, written down."""
+"""Who is trained on, who chooses the checkpoint, who is tested: by subject, seeded, saved."""
 
 import collections
 import json
@@ -26,7 +26,8 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
     Returns:
       Dict with sorted lists of case ids under "train", "val" and "test".
     Raises:
-      SplitProblem: unreadable file, missing fold, unknown or unassigned cases, a subject in two sets.
+      SplitProblem: unreadable file, missing fold, unknown or unassigned cases, a subject in two
+        sets, no training or no validation case.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -98,7 +99,7 @@ def split_by_subject(
 
 
 def subject_from_regex(regex):
-    """Returns the function from case id to subject: the first group of `regex`, or the id itself."""
+    """Returns the function from case id to subject: the first group of `regex`; "" keeps the id."""
 
     def subject_of(case_id):
         match = re.search(regex, case_id)

@@ -104,8 +104,8 @@ class ConvBlock(nn.Module):
 class UpConv(nn.Module):
     """Transposed convolution with kernel 2 and stride 2 along every axis: [B, *S, C] doubles S.
 
-    Kernel and stride are equal, so no two inputs meet in one output: a matrix product per voxel and a
-    rearrangement, which is many times faster on CPU than the strided form and the same function.
+    Kernel and stride are equal, so no two inputs meet in one output: a matrix product per voxel and
+    a rearrangement, which is many times faster on CPU than the strided form.
     """
 
     features: int

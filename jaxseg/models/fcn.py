@@ -31,7 +31,7 @@ def bilinear_kernel(factor, rank, num_channels):
 
 
 class Upsample(nn.Module):
-    """Transposed convolution from bilinear weights, learned or fixed: [B, *S, K], S times factor."""
+    """Transposed convolution from bilinear weights, learned or fixed; S becomes S times factor."""
 
     factor: int
     learned: bool
@@ -72,8 +72,9 @@ def transposed_convolution(x, kernel, factor):
 class FCN(nn.Module):
     """Fully convolutional network with a compact encoder for medical images.
 
-    Five stages of convolutions and pooling; 1x1 convolutions score pool5 (and pool4, pool3), and the
-    scores are added up from coarse to fine. Any image size: pooling rounds up, up-sampling is cropped.
+    Five stages of convolutions and pooling; 1x1 convolutions score pool5 (and pool4, pool3), and
+    the scores are added up from coarse to fine. Any image size: pooling rounds up, up-sampling is
+    cropped.
 
     Attributes:
       num_classes: classes to tell apart, background included.

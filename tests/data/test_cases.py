@@ -1,18 +1,10 @@
 import json
-import pathlib
 
 import pytest
 
 from jaxseg.data import cases
 
 LABELS = {"0": "background", "1": "liver", "2": "tumour"}
-
-
-def shared_data(name):
-    path = pathlib.Path(__file__).parents[2].parent / "shared" / "data" / name
-    if not path.exists():
-        pytest.skip(f"needs the real images in {path}")
-    return path
 
 
 def touch(root, *names):
@@ -274,7 +266,7 @@ def test_classes_and_label_values_must_fit(tmp_path, class_names, label_values, 
     assert_each_once(problems, [message])
 
 
-def test_real_msd_folder():
+def test_real_msd_folder(shared_data):
     dataset = cases.find_msd_cases(shared_data("Task04_Hippocampus"))
     assert len(dataset.cases) == 199
     assert dataset.class_names == ("background", "Anterior", "Posterior")
@@ -294,7 +286,7 @@ def test_real_msd_folder():
         ),
     ],
 )
-def test_real_image_folders(folder, image_glob, label_pattern, num_cases):
+def test_real_image_folders(shared_data, folder, image_glob, label_pattern, num_cases):
     dataset = cases.find_image_cases(
         shared_data(folder), image_glob, label_pattern, ("background", "object"), (0, 255)
     )

@@ -1,5 +1,4 @@
 import gzip
-import pathlib
 
 import nibabel
 import numpy as np
@@ -11,13 +10,6 @@ from jaxseg.data.verify import verify
 
 SHAPE = (4, 5, 6)
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
-
-
-def shared_data(name):
-    path = pathlib.Path(__file__).parents[2].parent / "shared" / "data" / name
-    if not path.exists():
-        pytest.skip(f"needs the real images in {path}")
-    return path
 
 
 def make_image(seed=0, shape=SHAPE):
@@ -206,11 +198,11 @@ def test_progress_wraps_the_cases(tmp_path):
     assert seen == ["a", "b"]
 
 
-def test_real_volumes_pass():
+def test_real_volumes_pass(shared_data):
     verify(cases.find_msd_cases(shared_data("Task04_Hippocampus")))
 
 
-def test_real_pictures_pass():
+def test_real_pictures_pass(shared_data):
     background_and = ("background", "object")
     verify(
         cases.find_image_cases(
@@ -224,7 +216,7 @@ def test_real_pictures_pass():
     )
 
 
-def test_real_faulty_label_is_reported():
+def test_real_faulty_label_is_reported(shared_data):
     dataset = cases.find_image_cases(
         shared_data("axondeepseg_sem"),
         "**/*_SEM.png",

@@ -1,0 +1,79 @@
+"""What every test may use."""
+
+import json
+import os
+import pathlib
+
+# As jaxseg.main does: sums that do not depend on the number of threads, and no start-up notes.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keeps compiled programs for the session: many tests train the same tiny network."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def shared_data():
+    """Function from a folder's name to its path among the real images; skips where absent."""
+
+    def path_of(name):
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"real images not found: {path}")
+        return path
+
+    return path_of
+
+
+@pytest.fixture
+def make_msd_folder(tmp_path):
+    """Function that writes a tiny MSD folder of boxes in noise; returns its path.
+
+    Each case holds a bright box (class 1) and a brighter one (class 2); spacing is in mm.
+    """
+
+    def make(num_cases=6, shape=(20, 18, 8), spacing_mm=(1.0, 1.0, 2.0), name="msd"):
+        root = tmp_path / name
+        for folder in ("imagesTr", "labelsTr"):
+            (root / folder).mkdir(parents=True)
+        affine = np.diag([*spacing_mm, 1.0])
+        training = []
+        for index in range(num_cases):
+            rng = np.random.default_rng(index)
+            label = np.zeros(shape, np.uint8)
+            x, y = rng.integers(2, 6, 2)
+            label[x : x + 10, y : y + 8, 1:-1] = 1
+            label[x + 2 : x + 6, y + 2 : y + 6, 2:-2] = 2
+            image = rng.normal(0, 10, shape) + 100.0 * label
+            for folder, array in (("imagesTr", image.astype(np.float32)), ("labelsTr", label)):
+                nib.save(nib.Nifti1Image(array, affine), root / folder / f"case_{index:02d}.nii.gz")
+            training.append(
+                {
+                    "image": f"./imagesTr/case_{index:02d}.nii.gz",
+                    "label": f"./labelsTr/case_{index:02d}.nii.gz",
+                }
+            )
+        metadata = {
+            "name": "boxes",
+            "tensorImageSize": "3D",
+            "modality": {"0": "MRI"},
+            "labels": {"0": "background", "1": "outer", "2": "inner"},
+            "numTraining": num_cases,
+            "numTest": 0,
+            "training": training,
+        }
+        (root / "dataset.json").write_text(json.dumps(metadata))
+        return root
+
+    return make

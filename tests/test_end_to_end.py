@@ -1,0 +1,136 @@
+"""The main job as a user runs it, on tiny data."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxseg import writers
+
+TINY = (
+    "--config.data.patch_size=(16,16)",
+    "--config.model.features=(4,8)",
+    "--config.train.num_steps=80",
+    "--config.train.batch_size=4",
+    "--config.train.log_every=20",
+    "--config.train.eval_every=40",
+    "--config.optim.warmup_steps=0",
+    "--config.optim.learning_rate=0.02",
+)
+
+
+def run_main(tmp_path, *arguments, config="configs/unet.py"):
+    command = [sys.executable, "-m", "jaxseg.main", f"--config={config}"]
+    command += [f"--config.workdir={tmp_path}/run", f"--config.data.cache_dir={tmp_path}/cache"]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_volumes_in_trained_network_and_scores_out(tmp_path, make_msd_folder):
+    data = make_msd_folder(num_cases=8)
+    done = run_main(tmp_path, f"--config.data.dir={data}", *TINY)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+
+    evaluation = json.loads((run / "test.json").read_text())
+    split = json.loads((run / "split.json").read_text())
+    assert sorted(evaluation["cases"]) == split["test"]
+    assert evaluation["mean_dice"] > 0.5  # boxes brighter than noise; an untrained net is near 0.1
+    assert f"mean test Dice {evaluation['mean_dice']:.4f}" in done.stdout
+    assert "parameters" in done.stdout
+    assert "images/s  ETA" in (run / "train.log").read_text()
+
+    for case in split["test"]:
+        image = nib.load(data / "imagesTr" / f"{case}.nii.gz")
+        label = np.asarray(nib.load(data / "labelsTr" / f"{case}.nii.gz").dataobj)
+        written = nib.load(run / "test" / f"{case}.nii.gz")
+        np.testing.assert_array_equal(written.affine, image.affine)
+        prediction = np.asarray(written.dataobj)
+        overlap = 2 * np.sum((prediction == 1) & (label == 1))
+        dice = overlap / (np.sum(prediction == 1) + np.sum(label == 1))
+        assert evaluation["cases"][case]["dice"][1] == pytest.approx(dice)
+
+    with open(run / "test.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(split["test"])
+    losses = [row["loss"] for row in writers.read_metrics(run) if "loss" in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]  # at steps 20, 40, 60, 80
+    for picture in ("curves.png", "test.png"):
+        with Image.open(run / picture) as image:
+            assert np.asarray(image).std() > 0
+
+
+def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
+    data = tmp_path / "pictures"
+    (data / "images").mkdir(parents=True)
+    (data / "masks").mkdir()
+    for index in range(6):
+        rng = np.random.default_rng(index)
+        mask = np.zeros((40, 52), np.uint8)
+        y, x = rng.integers(4, 20, 2)
+        mask[y : y + 16, x : x + 18] = 255
+        image = rng.integers(0, 60, (40, 52, 3)).astype(np.uint8) + (mask[..., None] // 2)
+        Image.fromarray(image).save(data / "images" / f"p{index}.png")
+        Image.fromarray(mask).save(data / "masks" / f"p{index}.png")
+    done = run_main(
+        tmp_path,
+        f"--config.data.dir={data}",
+        "--config.data.kind=images",
+        "--config.data.image_glob=images/*.png",
+        "--config.data.patch_size=(32,32)",
+        "--config.model.features=(4,8,8,8,8)",
+        "--config.train.num_steps=40",
+        "--config.train.batch_size=4",
+        "--config.train.eval_every=40",
+        "--config.optim.warmup_steps=0",
+        "--config.optim.learning_rate=0.02",
+        config="configs/fcn.py",
+    )
+    assert done.returncode == 0, done.stderr
+    evaluation = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert evaluation["mean_dice"] > 0.5
+    for case in evaluation["cases"]:
+        with Image.open(tmp_path / "run" / "test" / f"{case}.png") as image:
+            assert image.size == (52, 40)
+
+
+def test_misspelt_field_names_the_nearest(tmp_path):
+    done = run_main(tmp_path, "--config.optim.learning_rat=1")
+    assert done.returncode == 2
+    assert 'Did you mean "learning_rate"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_config_problem_is_reported_before_any_work(tmp_path):
+    done = run_main(
+        tmp_path,
+        "--config.loss.name=soft_dise",
+        "--config.model.norm=instnce",
+        "--config.train.batch_size=0",
+        "--config.split.fold=3",
+    )
+    assert done.returncode == 2
+    for words in ("'soft_dice'", "'instance'", "train.batch_size", "split.fold 3 is missing"):
+        assert words in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_every_data_problem_is_reported_and_nothing_is_prepared(tmp_path, make_msd_folder):
+    data = make_msd_folder()
+    (data / "imagesTr" / "case_01.nii.gz").write_bytes(b"")
+    label = nib.load(data / "labelsTr" / "case_03.nii.gz")
+    moved = nib.Nifti1Image(np.asarray(label.dataobj) + 7, label.affine + np.eye(4))
+    nib.save(moved, data / "labelsTr" / "case_03.nii.gz")
+    done = run_main(tmp_path, f"--config.data.dir={data}", *TINY)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "case_01" in done.stderr and "case_03" in done.stderr and "affine" in done.stderr
+    assert not list((tmp_path / "cache").rglob("plan.json"))
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,159 @@
+"""Stopping, going on and refusing: a run is the same however often it was interrupted."""
+
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxseg import checkpoint, train, writers
+from jaxseg.config import base_config
+from jaxseg.data import pipeline
+
+NUM_STEPS = 8
+
+
+@pytest.fixture
+def config(tmp_path, make_msd_folder):
+    config = base_config("unet")
+    config.workdir = str(tmp_path / "run")
+    config.data.dir = str(make_msd_folder())
+    config.data.cache_dir = str(tmp_path / "cache")
+    config.data.patch_size = (16, 16)
+    config.model.features = (4, 8)
+    config.model.norm = "batch"
+    config.model.dropout = 0.2
+    config.optim.warmup_steps = 2
+    config.train.num_steps = NUM_STEPS
+    config.train.batch_size = 4
+    config.train.log_every = 3
+    config.train.eval_every = 4
+    config.train.checkpoint_every = 2
+    return config
+
+
+def saved_state(config, step=NUM_STEPS):
+    manager = checkpoint.open_checkpoints(f"{config.workdir}/checkpoints", keep=2)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore())
+    state = jax.tree.leaves(manager.restore(step, args=items).state)
+    manager.close()
+    return state
+
+
+def stop_after(monkeypatch, number, batches):
+    """Sends this process a signal when the pipeline is asked for the batch after that many."""
+    original = pipeline.train_batches
+
+    def interrupted(*args, **kwargs):
+        for count, batch in enumerate(original(*args, **kwargs)):
+            if count == batches:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_batches", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(config, monkeypatch, number):
+    interrupted = config.copy_and_resolve_references()
+    interrupted.workdir += "_interrupted"
+    assert train.train(config) is None
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, number, batches=4)
+        assert train.train(interrupted) == number
+    manager = checkpoint.open_checkpoints(f"{interrupted.workdir}/checkpoints", keep=2)
+    stopped_at = manager.latest_step()
+    manager.close()
+    assert 0 < stopped_at < NUM_STEPS
+    assert "run the same command" in pathlib.Path(interrupted.workdir, "train.log").read_text()
+
+    assert train.train(interrupted) is None
+    for expected, actual in zip(saved_state(config), saved_state(interrupted), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    steps = [row["step"] for row in writers.read_metrics(interrupted.workdir) if "loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == NUM_STEPS
+
+
+def test_same_seed_same_parameters_other_seed_other_parameters(config):
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        again = config.copy_and_resolve_references()
+        again.workdir, again.seed = f"{config.workdir}_{name}", seed
+        train.train(again)
+        states.append(saved_state(again))
+    assert all(np.array_equal(a, b) for a, b in zip(*states[:2], strict=True))
+    assert not all(np.array_equal(a, c) for a, c in zip(states[0], states[2], strict=True))
+
+
+def test_finished_run_is_evaluated_again_but_not_trained(config, monkeypatch):
+    train.train(config)
+    before = saved_state(config)
+    os.remove(f"{config.workdir}/test.json")
+    monkeypatch.setattr(train.parallel, "pmap_train_step", lambda step: None)
+    train.train(config)
+    assert os.path.exists(f"{config.workdir}/test.json")
+    for expected, actual in zip(before, saved_state(config), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_another_config_is_refused_with_the_difference(config):
+    train.train(config)
+    config.model.features = (4, 16)
+    config.train.log_every = 1  # free to change
+    with pytest.raises(train.RunProblem) as caught:
+        train.train(config)
+    assert "model.features: [4, 8] -> [4, 16]" in str(caught.value)
+    assert "log_every" not in str(caught.value)
+
+
+def test_other_data_is_refused(config):
+    train.train(config)
+    path = os.path.join(config.data.dir, "dataset.json")
+    with open(path) as file:
+        metadata = json.load(file)
+    metadata["labels"]["2"] = "renamed"
+    with open(path, "w") as file:
+        json.dump(metadata, file)
+    with pytest.raises(train.RunProblem, match="fingerprint"):
+        train.train(config)
+
+
+def test_nothing_is_refused_before_the_first_checkpoint(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", lambda *args: (_ for _ in ()).throw(OSError("disk")))
+        with pytest.raises(OSError, match="disk"):
+            train.train(config)
+    config.optim.learning_rate = 1e-3
+    assert train.train(config) is None
+    saved = json.loads(pathlib.Path(config.workdir, "config.json").read_text())
+    assert saved["optim"]["learning_rate"] == 1e-3
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, monkeypatch):
+    original = pipeline.train_batches
+
+    def poisoned(*args, **kwargs):
+        for step, batch in enumerate(original(*args, **kwargs), start=1):
+            if step == 5:
+                batch["image"] = np.full_like(batch["image"], np.nan)
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_batches", poisoned)
+    with pytest.raises(train.RunProblem, match="loss of step 5 is nan"):
+        train.train(config)
+    assert all(np.isfinite(leaf).all() for leaf in saved_state(config, step=4))
+    manager = checkpoint.open_checkpoints(f"{config.workdir}/checkpoints", keep=2)
+    assert manager.latest_step() == 4
+    manager.close()
+
+
+def test_a_batch_that_devices_can_not_share_is_refused(config):
+    config.optim.accumulate_steps = 3
+    with pytest.raises(train.RunProblem, match="multiple of 3"):
+        train.train(config)
