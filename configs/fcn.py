@@ -10,6 +10,7 @@ def get_config():
     config = base_config("fcn")
     config.data.patch_size = (104, 120)
     config.data.foreground_fraction = 0.67
+    config.augment.flip.axes = (0,)  # left and right; front and back differ in anatomy
     config.augment.rotation.range_deg = (-15.0, 15.0)
     config.augment.blur.prob = 0.0
     config.augment.low_resolution.prob = 0.0

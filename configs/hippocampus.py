@@ -16,6 +16,7 @@ def get_config():
     config.data.patch_size = (48, 64)
     config.data.foreground_fraction = 0.5
     config.split.file = "subject_split.json"
+    config.augment.flip.axes = (0,)  # left and right; front and back differ in anatomy
     config.augment.rotation.range_deg = (-15.0, 15.0)
     config.augment.scaling.range = (0.85, 1.15)
     config.augment.elastic.prob = 0.2

@@ -1,6 +1,7 @@
 """Checkpoints of a run. The only file that imports Orbax."""
 
 import json
+import math
 
 import jax
 import orbax.checkpoint as ocp
@@ -70,4 +71,5 @@ def close_checkpoints(manager):
 
 
 def _metric(metrics):
-    return metrics[METRIC]
+    value = metrics[METRIC]
+    return -math.inf if math.isnan(value) else value  # no case counted: never better than a number

@@ -56,6 +56,12 @@ CHOICES = {
 POSITIVE = (
     "data.patch_size",
     "preprocess.spacing_mm",
+    "augment.scaling.range",
+    "augment.elastic.spacing_voxels",
+    "augment.blur.range_sigma_voxels",
+    "augment.low_resolution.range_zoom",
+    "augment.gamma.range",
+    "augment.inverted_gamma.range",
     "model.features",
     "model.num_convs",
     "optim.learning_rate",
@@ -66,6 +72,13 @@ POSITIVE = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+)
+
+NOT_NEGATIVE = (
+    "augment.elastic.range_magnitude_voxels",
+    "augment.noise.range_variance",
+    "optim.weight_decay",
+    "optim.clip_norm",
 )
 
 # A resumed run may change these without becoming another experiment.
@@ -113,7 +126,7 @@ def base_config(model="unet", rank=2):
                 "val_fraction": 0.15,
                 "test_fraction": 0.15,
                 "num_folds": 0,  # k > 1: val is fold `fold` of k
-                "fold": 0,
+                "fold": 0,  # also which entry of a `file` that lists folds
             },
             "preprocess": {
                 "spacing_mm": (),  # () means the median spacing of the training cases
@@ -193,11 +206,18 @@ def validate(config):
         )
 
     for name in POSITIVE:
-        values = fields[name] if isinstance(fields[name], tuple) else (fields[name],)
-        if not all(_is_number(v) and v > 0 for v in values):
+        if not all(_is_number(v) and v > 0 for v in _entries(fields[name])):
             problems.append(f"{name} must be positive, not {fields[name]!r}")
+    for name in NOT_NEGATIVE:
+        if not all(_is_number(v) and v >= 0 for v in _entries(fields[name])):
+            problems.append(f"{name} must not be negative, not {fields[name]!r}")
+    for name in ("data.patch_size", "model.features"):
+        if not fields[name] or any(isinstance(v, float) for v in fields[name]):
+            problems.append(f"{name} must hold whole numbers, not {fields[name]!r}")
     for name, value in fields.items():
-        is_probability = name.endswith((".prob", "_fraction", ".dropout")) and "range" not in name
+        is_probability = name.endswith((".prob", "_fraction", ".dropout", ".momentum")) and (
+            "range" not in name
+        )
         if is_probability and not (_is_number(value) and 0 <= value <= 1):
             problems.append(f"{name} must lie in [0, 1], not {value!r}")
         is_range = name.rpartition(".")[2].startswith("range")
@@ -207,7 +227,7 @@ def validate(config):
             problems.append(f"{name} must be (lowest, highest), not {value!r}")
         if name.endswith("_regex"):
             problems += _regex_problems(name, value)
-    for name in ("model.dropout",):
+    for name in ("model.dropout", "optim.momentum"):
         if fields[name] == 1:
             problems.append(f"{name} must be below 1")
 
@@ -248,6 +268,10 @@ def _flatten(config, prefix=""):
     return fields
 
 
+def _entries(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -276,10 +300,6 @@ def _data_problems(config):
         problems.append(f"data.patch_size needs 2 (slices) or 3 (volumes) entries, not {rank}")
     if any(axis not in range(rank) for axis in config.augment.flip.axes):
         problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
-    if config.augment.scaling.range[0] <= 0:
-        problems.append("augment.scaling.range must be positive")
-    if config.augment.low_resolution.range_zoom[0] <= 0:
-        problems.append("augment.low_resolution.range_zoom must be positive")
     if len(config.preprocess.spacing_mm) not in (0, 3):
         problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
     if data.kind == "images" and not data.dir:
@@ -297,7 +317,7 @@ def _data_problems(config):
         )
     if split.num_folds == 1 or split.num_folds < 0:
         problems.append("split.num_folds must be 0 (no cross-validation) or at least 2")
-    elif split.fold not in range(max(split.num_folds, 1)):
+    elif not split.file and split.fold not in range(max(split.num_folds, 1)):
         problems.append(
             f"split.fold {split.fold} is missing: there are {split.num_folds} folds, from 0"
         )
@@ -313,10 +333,10 @@ def _training_problems(config):
         problems.append(
             f"model.features of an FCN needs 5 entries (pool1 ... pool5), not {len(model.features)}"
         )
-    if model.norm == "group" and any(f % 8 for f in model.features):
+    if model.norm == "group" and any(_is_number(f) and f % 8 for f in model.features):
         problems.append(f"model.norm 'group' needs features divisible by 8, not {model.features}")
-    if any(_is_number(n) and n < 0 for n in (optim.clip_norm, optim.weight_decay)):
-        problems.append("optim.clip_norm and optim.weight_decay must not be negative")
+    if not 0 <= config.seed < 2**31:
+        problems.append(f"seed {config.seed} must lie in [0, 2147483647]")
     if optim.warmup_steps < 0 or optim.warmup_steps >= train.num_steps:
         problems.append(
             f"optim.warmup_steps {optim.warmup_steps} must lie in [0, train.num_steps = "

@@ -56,8 +56,10 @@ def evaluate_cases(predict_fn, store, cases, *, label_values, num_classes, **til
 
 
 def mean_dice(results):
-    """Mean over cases of each case's mean foreground Dice."""
-    return float(np.nanmean([metrics.mean_foreground(r.scores["dice"]) for r in results]))
+    """Mean over cases of each case's mean foreground Dice; NaN if no case has one."""
+    by_case = np.array([metrics.mean_foreground(result.scores["dice"]) for result in results])
+    counted = by_case[~np.isnan(by_case)]
+    return float(counted.mean()) if counted.size else float("nan")
 
 
 def save_evaluation(folder, name, results, *, class_names, label_values, about):
@@ -113,7 +115,7 @@ def format_table(summary, class_names):
     lines = [f"{'class':<{width}}" + "".join(f"  {score:^15}" for score in SCORES) + "  cases"]
     for index, class_name in enumerate(class_names[1:], start=1):
         cells = "".join(
-            f"  {summary[s]['mean'][index]:.4f} ± {summary[s]['sd'][index]:.4f}" for s in SCORES
+            f"  {summary[s]['mean'][index]:6.4f} ± {summary[s]['sd'][index]:6.4f}" for s in SCORES
         )
         lines.append(f"{class_name:<{width}}{cells}  {summary['dice']['num'][index]:>5}")
     return "\n".join(lines)
@@ -121,7 +123,7 @@ def format_table(summary, class_names):
 
 def _panel(result):
     image, _ = read_image(result.case.image_path)
-    image = image if image.shape[-1] == 3 else image[..., :1]
+    image = image if image.shape[-1] == 3 else image[..., 0]
     label, prediction = result.label, result.prediction
     aspect = 1.0
     if is_nifti(result.case.image_path):
@@ -132,4 +134,4 @@ def _panel(result):
     z = int(np.argmax((label > 0).sum((0, 1))))
     dice = metrics.mean_foreground(result.scores["dice"])
     title = f"{result.case.case_id}: mean Dice {dice:.3f}"
-    return title, image[:, :, z].squeeze(), label[:, :, z], prediction[:, :, z], aspect
+    return title, image[:, :, z], label[:, :, z], prediction[:, :, z], aspect

@@ -38,6 +38,8 @@ def main(argv):
         stopped_by = train(_CONFIG.value)
     except (config_lib.ConfigProblems, DatasetProblems, RunProblem, SplitProblem, OSError) as error:
         _exit(str(error))
+    except KeyboardInterrupt:
+        _exit("interrupted; what was saved is kept", status=130)
     if stopped_by:
         sys.exit(128 + stopped_by)
 
@@ -50,9 +52,9 @@ def _parse_flags(argv):
         _exit(str(error).strip("\"'").replace("\\n", "\n"))
 
 
-def _exit(message):
+def _exit(message, status=2):
     print(f"jaxseg: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def run():

@@ -61,7 +61,7 @@ def unshard(x):
 
 
 def prefetch_to_device(batches, size=2):
-    """Yields sharded batches, `size` of them under way to the devices while one is computed on."""
+    """Yields sharded batches; of the next ones, `size - 1` are already under way to the devices."""
     batches = iter(batches)
     queue = collections.deque(shard(batch) for batch in itertools.islice(batches, size))
     while queue:

@@ -31,7 +31,8 @@ def save_learning_curves(path, rows):
                 axis.plot(*zip(*points, strict=True), label=name, marker="." * (name != "loss"))
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     _save(figure, path)
 
 

@@ -54,7 +54,10 @@ def train_step(state, batch, key, *, model, loss_fn, tx, axis_name=None, accumul
     if accumulate_steps == 1:
         carry, _ = accumulate(carry, (0, batch))
     else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
+        # Every n-th example, so that a part holds the same ones however devices share the batch.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         carry, _ = lax.scan(accumulate, carry, (jnp.arange(accumulate_steps), parts))
     grads, total, count, batch_stats = carry
 

@@ -111,8 +111,12 @@ def replacing(path):
     """Yields a temporary name beside `path` that takes its place if nothing fails."""
     stem, suffix = os.path.splitext(path)
     temporary = f"{stem}.tmp{suffix}"
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 def write_text(path, text):

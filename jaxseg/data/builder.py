@@ -49,7 +49,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
     never mistaken for a finished one.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
 
     def __init__(self, *, data_dir, dataset=None, plan=None, progress=iter):
         self._dataset = dataset
@@ -62,8 +62,11 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
             "case_id": tfds.features.Text(),
             "image": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float32, encoding="bytes"),
             "label": tfds.features.Tensor(shape=(None,) * 3, dtype=np.uint8, encoding="zlib"),
-            "affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float64),
-            "original_affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float64),
+            # Without an encoding TFDS would store float32.
+            "affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float64, encoding="bytes"),
+            "original_affine": tfds.features.Tensor(
+                shape=(4, 4), dtype=np.float64, encoding="bytes"
+            ),
             "original_shape": tfds.features.Tensor(shape=(3,), dtype=np.int32),
         }
         return tfds.core.DatasetInfo(
@@ -201,5 +204,7 @@ def data_fingerprint(dataset):
 
 def _locations(mask):
     voxels = np.flatnonzero(mask)
-    voxels = voxels[:: 1 + len(voxels) // LOCATIONS_PER_CLASS]
+    if len(voxels) > LOCATIONS_PER_CLASS:
+        # Not at a regular step, which would miss whole slices of a regular shape.
+        voxels = np.random.default_rng(0).choice(voxels, LOCATIONS_PER_CLASS, replace=False)
     return np.stack(np.unravel_index(voxels, mask.shape), axis=-1)

@@ -60,7 +60,7 @@ Please cite
 """
 
 
-def create_demo_cohort(out_dir, num_cases=24, seed=0, progress=None):
+def create_demo_cohort(out_dir, num_cases=32, seed=0, progress=None):
     """Write a synthetic brain-tissue cohort in Medical Segmentation Decathlon layout.
 
     Images are skull-stripped T1-like int16 volumes at 2 mm, [99, 117, 95]; labels are uint8:

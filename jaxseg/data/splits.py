@@ -45,6 +45,10 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
         content = content[fold]
     if not isinstance(content, dict) or not content.get("train"):
         raise SplitProblem(f'{path}: has no list "train"; write {{"train": [...], "val": [...]}}')
+    for name in SETS:
+        listed = content.get(name, [])
+        if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
+            raise SplitProblem(f'{path}: "{name}" is not a list of case ids')
     split = {name: sorted(content.get(name, [])) for name in SETS}
     return _checked(split, case_ids, subject_of, source=path)
 
@@ -87,6 +91,8 @@ def split_by_subject(
             raise SplitProblem(
                 f"split.num_folds is {num_folds} but only {len(rest)} subjects are left to fold"
             )
+        if fold not in range(num_folds):
+            raise SplitProblem(f"split.fold {fold} is missing: there are {num_folds}, from 0")
         val = set(rest[fold::num_folds])
     else:
         val = set(rest[: max(1, round(val_fraction * len(subjects)))])

@@ -1,0 +1,318 @@
+import dataclasses
+import pathlib
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+
+from jaxseg.data import builder, cases, preprocess, volumes
+
+OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
+
+
+def prepare(dataset, cache_dir, train_ids=("case_00", "case_01"), progress=None, **options):
+    progress = {} if progress is None else {"progress": progress}
+    return builder.prepare(
+        dataset, train_ids, cache_dir=str(cache_dir), **progress, **(OPTIONS | options)
+    )
+
+
+@pytest.fixture
+def dataset(make_msd_folder):
+    return cases.find_msd_cases(make_msd_folder(num_cases=3))
+
+
+@pytest.fixture
+def count_reads(monkeypatch):
+    """Case images read by the builder, in order."""
+    reads = []
+
+    def counted(path):
+        reads.append(pathlib.Path(path).name)
+        return volumes.read_image(path)
+
+    monkeypatch.setattr(builder, "read_image", counted)
+    return reads
+
+
+def assert_same_case(actual, expected):
+    for field in dataclasses.fields(expected):
+        a, b = getattr(actual, field.name), getattr(expected, field.name)
+        if field.name == "locations":
+            assert len(a) == len(b)
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+def assert_same_store(actual, expected, dataset):
+    for case in dataset.cases:
+        assert_same_case(actual[case.case_id], expected[case.case_id])
+
+
+def rewrite_image(dataset, index, change):
+    path = dataset.cases[index].image_path
+    image = nibabel.load(path)
+    values = change(np.asarray(image.dataobj)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), path)
+
+
+def test_records_are_what_preprocessing_gives(tmp_path, make_msd_folder):
+    root = make_msd_folder(num_cases=2, spacing_mm=(1.3, 0.9, 2.0))
+    affine = np.array([[0, 0, -2.0, 3], [-1.3, 0, 0, 4], [0, 0.9, 0, 5], [0, 0, 0, 1]])
+    for folder in ("imagesTr", "labelsTr"):
+        path = root / folder / "case_01.nii.gz"
+        volume = nibabel.load(path)
+        turned = nibabel.Nifti1Image(np.asarray(volume.dataobj), affine)
+        nibabel.save(turned, path)
+    dataset = cases.find_msd_cases(root)
+    store, plan, _ = prepare(dataset, tmp_path / "cache", ["case_00"], spacing_mm=(1.0, 1.2, 1.5))
+    assert plan.spacing_mm == (1.0, 1.2, 1.5)
+    for case in dataset.cases:
+        image, file_affine = volumes.read_image(case.image_path)
+        label, _ = volumes.read_label(case.label_path, dataset.label_values)
+        expected, grid_affine = preprocess.preprocess_image(image, file_affine, plan)
+        prepared = store[case.case_id]
+        assert prepared.case_id == case.case_id
+        np.testing.assert_array_equal(prepared.image, expected)
+        np.testing.assert_array_equal(
+            prepared.label, preprocess.preprocess_label(label, file_affine, plan, 3)
+        )
+        np.testing.assert_array_equal(prepared.affine, grid_affine)
+        np.testing.assert_array_equal(prepared.original_affine, file_affine)
+        assert prepared.original_shape == label.shape
+        assert prepared.image.dtype == np.float32 and prepared.label.dtype == np.uint8
+        assert prepared.image.shape[:3] == prepared.label.shape
+    np.testing.assert_allclose(store["case_01"].original_affine, affine, atol=1e-6)
+
+
+def test_locations_are_the_voxels_of_each_class_present(tmp_path, dataset):
+    store, _, _ = prepare(dataset, tmp_path / "cache")
+    for case in dataset.cases:
+        prepared = store[case.case_id]
+        assert len(prepared.locations) == 2
+        for index, voxels in enumerate(prepared.locations, start=1):
+            np.testing.assert_array_equal(voxels, np.argwhere(prepared.label == index))
+
+
+def test_locations_of_a_large_or_absent_class():
+    mask = np.zeros((60, 50, 40), bool)
+    mask[10:50, 5:45, 3:33] = True
+    voxels = builder._locations(mask)
+    assert len(voxels) == builder.LOCATIONS_PER_CLASS
+    assert mask[tuple(voxels.T)].all()
+    assert len(np.unique(voxels, axis=0)) == len(voxels)
+    for axis, (start, stop) in enumerate([(10, 50), (5, 45), (3, 33)]):  # no slice is left out
+        places, counts = np.unique(voxels[:, axis], return_counts=True)
+        np.testing.assert_array_equal(places, np.arange(start, stop))
+        assert counts.min() > 0.5 * counts.mean()
+    assert builder._locations(np.zeros((2, 2, 2), bool)).shape == (0, 3)
+
+
+def test_a_case_without_foreground_has_no_locations(tmp_path, dataset):
+    path = dataset.cases[2].label_path
+    label = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), path)
+    store, _, _ = prepare(dataset, tmp_path / "cache")
+    assert store["case_02"].locations == ()
+    assert len(store["case_01"].locations) == 2
+
+
+def test_more_than_ten_cases_keep_their_names(tmp_path, make_msd_folder):
+    root = make_msd_folder(num_cases=12, shape=(16, 15, 5))
+    dataset = cases.find_msd_cases(root)
+    for index, case in enumerate(dataset.cases):
+        volume = nibabel.load(case.label_path)
+        label = np.asarray(volume.dataobj).copy()
+        label.flat[: index + 1] = 2
+        label.flat[index + 1 : 14] = 0
+        nibabel.save(nibabel.Nifti1Image(label, volume.affine), case.label_path)
+    store, _, _ = prepare(dataset, tmp_path / "cache")
+    for index, case in enumerate(dataset.cases):
+        prepared = store[case.case_id]
+        assert prepared.case_id == case.case_id
+        assert (prepared.label.flat[:14] == 2).sum() == index + 1
+
+
+def test_prepared_once_reused_after(tmp_path, dataset, count_reads, monkeypatch):
+    first, plan, fingerprint = prepare(dataset, tmp_path / "cache")
+    assert count_reads == ["case_00.nii.gz", "case_01.nii.gz", "case_02.nii.gz"]
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("done before")
+
+    monkeypatch.setattr(builder, "verify", forbidden)
+    monkeypatch.setattr(preprocess, "make_plan", forbidden)
+    second, same_plan, same_fingerprint = prepare(dataset, tmp_path / "cache")
+    assert len(count_reads) == 3
+    assert (same_plan, same_fingerprint) == (plan, fingerprint)
+    assert_same_store(second, first, dataset)
+
+
+def test_a_copy_of_the_data_elsewhere_is_the_same_data(tmp_path, dataset, count_reads):
+    _, _, fingerprint = prepare(dataset, tmp_path / "cache")
+    shutil.copytree(dataset.root, tmp_path / "copy")
+    copy = cases.find_msd_cases(tmp_path / "copy")
+    assert prepare(copy, tmp_path / "cache")[2] == fingerprint
+    assert len(count_reads) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"spacing_mm": (1.0, 1.0, 1.0)},
+        {"normalisation": "ct"},
+        {"image_order": 3},
+        {"label_order": 0},
+        {"train_ids": ("case_00", "case_02")},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, options):
+    before, _, fingerprint = prepare(dataset, tmp_path / "cache")
+    expected = {case.case_id: before[case.case_id] for case in dataset.cases}
+    assert prepare(dataset, tmp_path / "cache", **options)[2] == fingerprint  # of the same data
+    assert len(count_reads) == 6
+    again, _, _ = prepare(dataset, tmp_path / "cache")
+    assert len(count_reads) == 6
+    for case_id, case in expected.items():
+        assert_same_case(again[case_id], case)
+
+
+def test_changed_data_is_another_fingerprint(dataset):
+    fingerprints = [builder.data_fingerprint(dataset)]
+    rewrite_image(dataset, 1, lambda image: image + (image == image.max()))
+    fingerprints.append(builder.data_fingerprint(dataset))
+    for changes in (
+        {"class_names": ("background", "outer", "core")},
+        {"label_values": (0, 2, 1)},
+        {"modalities": ("CT",)},
+        {"cases": dataset.cases[:2]},
+        {"cases": (dataclasses.replace(dataset.cases[0], case_id="x"), *dataset.cases[1:])},
+    ):
+        fingerprints.append(builder.data_fingerprint(dataclasses.replace(dataset, **changes)))
+    assert len(set(fingerprints)) == 7
+
+
+def test_changed_bytes_of_a_file_are_prepared_again(tmp_path, dataset, count_reads):
+    before, _, fingerprint = prepare(dataset, tmp_path / "cache")
+    flipped = before["case_02"].image[::-1]
+    rewrite_image(dataset, 2, lambda image: image[::-1])
+    after, _, new_fingerprint = prepare(dataset, tmp_path / "cache")
+    assert new_fingerprint != fingerprint
+    assert len(count_reads) == 6
+    np.testing.assert_allclose(after["case_02"].image, flipped, atol=1e-5)
+
+
+def test_statistics_come_from_training_cases_only(tmp_path, dataset):
+    for index, value in enumerate((10, 30, 500)):
+        label = np.asarray(nibabel.load(dataset.cases[index].label_path).dataobj)
+        rewrite_image(dataset, index, lambda image, on=label > 0, v=value: np.where(on, v, image))
+    ct = dataclasses.replace(dataset, modalities=("CT",))
+    _, plan, _ = prepare(ct, tmp_path / "cache", ("case_00", "case_01"))
+    assert plan.intensity == ((10.0, 30.0, 20.0, 10.0),)  # the boxes are of one size
+
+
+def test_bad_cases_are_all_listed_and_nothing_is_stored(tmp_path, dataset, count_reads):
+    pathlib.Path(dataset.cases[0].image_path).write_bytes(b"")
+    rewrite_image(dataset, 2, lambda image: np.where(image == image.max(), np.nan, image))
+    with pytest.raises(cases.DatasetProblems) as caught:
+        prepare(dataset, tmp_path / "cache")
+    assert len(caught.value.problems) == 2
+    assert "case_00" in caught.value.problems[0] and "empty" in caught.value.problems[0]
+    assert "case_02" in caught.value.problems[1] and "1 NaN" in caught.value.problems[1]
+    assert not (tmp_path / "cache").exists()
+    assert count_reads == []
+
+
+def test_files_that_vanished_are_all_listed(tmp_path, dataset):
+    pathlib.Path(dataset.cases[0].image_path).unlink()
+    pathlib.Path(dataset.cases[1].label_path).unlink()
+    with pytest.raises(cases.DatasetProblems) as caught:
+        prepare(dataset, tmp_path / "cache")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        dataset.cases[0].image_path,
+        dataset.cases[1].label_path,
+    ]
+    assert not (tmp_path / "cache").exists()
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C is: not an Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
+@pytest.mark.parametrize("phase", ["verifying", "planning", "preprocessing"])
+def test_an_interrupted_preparation_is_done_again(tmp_path, dataset, count_reads, phase, error):
+    cache, killed = tmp_path / "cache", tmp_path / "killed"
+    cache.mkdir()
+
+    def interrupting(items, title):
+        for index, item in enumerate(items):
+            if title == phase and index == 1:
+                shutil.copytree(cache, killed)  # what is left if nobody can tidy up
+                raise error("in the middle")
+            yield item
+
+    with pytest.raises(error, match="in the middle"):
+        prepare(dataset, cache, progress=interrupting)
+    assert not list(cache.rglob("plan.json")) and not list(killed.rglob("plan.json"))
+
+    expected, plan, _ = prepare(dataset, tmp_path / "other")
+    for folder in (cache, killed):
+        count_reads.clear()
+        store, same_plan, _ = prepare(dataset, folder)
+        assert len(count_reads) == 3
+        assert same_plan == plan
+        assert_same_store(store, expected, dataset)
+
+
+def test_stopped_before_the_plan_is_written_is_not_done(tmp_path, dataset, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(builder.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            prepare(dataset, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("plan.json"))
+    verified = []
+    monkeypatch.setattr(builder, "verify", lambda *args, **kwargs: verified.append(args))
+    store, plan, _ = prepare(dataset, tmp_path / "cache")
+    assert verified
+    expected, same_plan, _ = prepare(dataset, tmp_path / "other")
+    assert plan == same_plan
+    assert_same_store(store, expected, dataset)
+
+
+def test_progress_sees_every_phase_and_case(tmp_path, dataset):
+    seen = []
+
+    def recording(items, title):
+        for item in items:
+            seen.append((title, item.case_id))
+            yield item
+
+    prepare(dataset, tmp_path / "cache", ("case_01",), progress=recording)
+    every = ["case_00", "case_01", "case_02"]
+    assert seen == [
+        *(("verifying", case_id) for case_id in every),
+        ("planning", "case_01"),
+        *(("preprocessing", case_id) for case_id in every),
+    ]
+
+
+def test_an_unknown_case_is_an_error(tmp_path, dataset):
+    store, _, _ = prepare(dataset, tmp_path / "cache")
+    with pytest.raises(KeyError):
+        store["case_99"]
+
+
+def test_store_reads_again_when_memory_is_short(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(builder, "CACHE_BYTES", 1)
+    store, _, _ = prepare(dataset, tmp_path / "cache")
+    monkeypatch.undo()
+    roomy, _, _ = prepare(dataset, tmp_path / "cache")
+    for case_id in ("case_00", "case_01", "case_00", "case_02"):
+        assert_same_case(store[case_id], roomy[case_id])
+    assert store["case_00"] is not store._read(0)
+    assert roomy["case_00"] is roomy["case_00"]

@@ -1,0 +1,287 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxseg.config import base_config
+from jaxseg.data.augment import region_size
+from jaxseg.data.builder import PreparedCase
+from jaxseg.data.pipeline import sample_region, train_batches
+from jaxseg.inference import predict_case
+
+OFF = base_config().augment.to_dict()
+for options in OFF.values():
+    options["prob"] = 0.0
+ON = {name: dict(options) for name, options in OFF.items()}
+for name in ("rotation", "flip", "noise"):
+    ON[name]["prob"] = 0.5
+
+
+def make_case(label, image=None, case_id="case"):
+    """A case whose image holds, in its channels, the coordinates of each voxel counted from 1."""
+    label = np.asarray(label, np.uint8)
+    if image is None:
+        image = np.moveaxis(np.indices(label.shape), 0, -1) + 1
+    return PreparedCase(
+        case_id=case_id,
+        image=np.asarray(image, np.float32),
+        label=label,
+        affine=np.eye(4),
+        original_affine=np.eye(4),
+        original_shape=label.shape,
+        locations=tuple(np.argwhere(label == c) for c in np.unique(label[label > 0])),
+    )
+
+
+def random_case(shape, seed=0, num_classes=3):
+    return make_case(np.random.default_rng(seed).integers(0, num_classes, shape))
+
+
+def make_store(num_cases=5, shape=(14, 13, 4)):
+    """Cases of noise, each about its own number."""
+    store = {}
+    for index in range(num_cases):
+        rng = np.random.default_rng(index)
+        image = index + rng.uniform(-0.2, 0.2, (*shape, 1))
+        label = rng.integers(0, 3, shape)
+        store[f"case_{index}"] = make_case(label, image, f"case_{index}")
+    return store
+
+
+def batches(store, **changes):
+    options = {
+        "seed": 0,
+        "start_step": 0,
+        "num_steps": 4,
+        "batch_size": 4,
+        "patch_size": (8, 8),
+        "num_channels": 1,
+        "foreground_fraction": 0.5,
+        "augment_params": ON,
+    }
+    case_ids = changes.pop("case_ids", list(store))
+    return list(train_batches(store, case_ids, **options | changes))
+
+
+def assert_equal(actual, expected):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.keys() == b.keys() == {"image", "label", "valid"}
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def concatenated(batches_of):
+    return {name: np.concatenate([batch[name] for batch in batches_of]) for name in batches_of[0]}
+
+
+@pytest.mark.parametrize("patch_size", [(8, 8), (8, 6, 4)])
+def test_a_batch_does_not_depend_on_the_step_one_starts_at(patch_size):
+    store = make_store()
+    params = ON
+    if len(patch_size) == 2:  # everything, once
+        params = base_config().augment.to_dict()
+        params["elastic"]["prob"] = 0.3
+    options = {"patch_size": patch_size, "augment_params": params}
+    every = batches(store, **options)
+    assert len(every) == 4
+    assert_equal(batches(store, start_step=3, **options), every[3:])
+    assert batches(store, start_step=4, **options) == []
+    assert_equal(batches(store, **options), every)
+    for batch in every:
+        assert batch["image"].shape == (4, *patch_size, 1) and batch["image"].dtype == np.float32
+        assert batch["label"].shape == (4, *patch_size) and batch["label"].dtype == np.int32
+        assert batch["valid"].shape == (4, *patch_size) and batch["valid"].dtype == np.float32
+    images = concatenated(every)["image"]
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+
+
+def test_parts_of_two_processes_are_the_batch_of_one():
+    store = make_store()
+    parts = [batches(store, process_index=i, process_count=2) for i in range(2)]
+    assert_equal([concatenated(pair) for pair in zip(*parts, strict=True)], batches(store))
+
+
+def test_an_example_does_not_depend_on_the_batch_size():
+    store = make_store()
+    small, large = batches(store, num_steps=4), batches(store, num_steps=2, batch_size=8)
+    assert_equal([concatenated(small)], [concatenated(large)])
+
+
+def test_the_order_in_which_cases_are_named_does_not_matter():
+    store = make_store()
+    assert_equal(batches(store, case_ids=sorted(store, reverse=True)), batches(store))
+
+
+def test_another_seed_is_another_run():
+    store = make_store()
+    images = [batches(store, seed=seed)[0]["image"] for seed in (0, 1, 2**31 - 1)]
+    for a, b in itertools.combinations(images, 2):
+        assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("num_cases", [1, 2, 7])
+def test_every_case_is_seen_once_per_epoch(num_cases):
+    store = make_store(num_cases)
+    options = {"patch_size": (6, 6), "augment_params": OFF, "num_steps": 7}
+    images = concatenated(batches(store, **options))["image"]
+    epochs = np.rint(images.mean((1, 2, 3))).astype(int).reshape(-1, num_cases)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), [range(num_cases)] * len(epochs))
+    if num_cases == 7:
+        assert len(np.unique(epochs, axis=0)) > 1  # in an order of its own
+
+
+def test_cases_named_are_the_only_ones_read():
+    store = make_store(4)
+    del store["case_2"]
+    options = {"augment_params": OFF, "patch_size": (6, 6)}
+    images = concatenated(batches(store, case_ids=["case_1", "case_3"], **options))["image"]
+    assert set(np.rint(images.mean((1, 2, 3)))) == {1, 3}
+
+
+def test_without_augmentation_patches_are_pieces_of_slices():
+    store = {"a": random_case((12, 11, 5))}
+    options = {"patch_size": (5, 4), "augment_params": OFF, "num_channels": 3}
+    batch = concatenated(batches(store, **options))
+    assert (batch["valid"] == 1).all()
+    slices = set()
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        x, y, z = (image - 1).astype(int).transpose(2, 0, 1)
+        np.testing.assert_array_equal(x, x[0, 0] + np.arange(5)[:, None] + np.zeros((1, 4)))
+        np.testing.assert_array_equal(y, y[0, 0] + np.arange(4)[None] + np.zeros((5, 1)))
+        assert np.ptp(z) == 0
+        np.testing.assert_array_equal(label, store["a"].label[x, y, z])
+        slices.add(z[0, 0])
+    assert len(slices) > 2
+
+
+def centre(region, patch_size):
+    crop = [slice((r - p) // 2, (r - p) // 2 + p) for r, p in zip(region, patch_size, strict=True)]
+    return tuple(crop)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch_size", "region"),
+    [
+        ((20, 17, 6), (8, 7), (14, 11)),
+        ((20, 17, 9), (8, 7, 4), (12, 13, 8)),
+        ((5, 17, 6), (8, 7), (12, 9)),  # narrower than the patch
+        ((5, 6, 3), (8, 9, 4), (10, 11, 8)),  # smaller all round
+        ((10, 9, 3), (8, 7), (30, 31)),  # the region is larger than the scan
+        ((8, 7, 3), (8, 7), (8, 7)),
+    ],
+)
+@pytest.mark.parametrize("foreground_fraction", [0.0, 1.0])
+def test_a_region_shows_the_scan_where_it_is_valid_and_zeros_elsewhere(
+    shape, patch_size, region, foreground_fraction
+):
+    case = random_case(shape)
+    rank = len(patch_size)
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        image, label, valid = sample_region(case, rng, region, patch_size, foreground_fraction)
+        assert image.shape == (*region, 3) and label.shape == valid.shape == region
+        assert (image.dtype, label.dtype, valid.dtype) == (np.float32, np.int32, np.float32)
+        assert not image[valid == 0].any() and not label[valid == 0].any()
+
+        voxels = (image[valid == 1] - 1).astype(int)
+        np.testing.assert_array_equal(label[valid == 1], case.label[tuple(voxels.T)])
+        start = voxels[:, :rank] - np.argwhere(valid == 1)
+        assert (start == start[0]).all()
+        start = start[0]
+        # Whatever of the scan lies within the region is there.
+        shown = [
+            min(s + r, n) - max(s, 0) for s, r, n in zip(start, region, shape[:rank], strict=True)
+        ]
+        assert valid.sum() == np.prod(shown)
+
+        patch_start = start + (np.array(region) - patch_size) // 2
+        for position, size, patch in zip(patch_start, shape, patch_size, strict=False):
+            if size > patch:
+                assert 0 <= position <= size - patch
+            else:
+                before = -position
+                assert before - (patch - size - before) in (0, 1)  # centred
+
+
+@pytest.mark.parametrize("patch_size", [(6, 5), (6, 5, 3)])
+def test_a_foreground_patch_holds_foreground(patch_size):
+    label = np.zeros((21, 19, 9))
+    for voxel in [(0, 0, 0), (20, 18, 8), (10, 18, 4), (0, 7, 8)]:
+        label[voxel] = 1
+    case = make_case(label)
+    region = tuple(p + 6 for p in patch_size)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        image, label, valid = sample_region(case, rng, region, patch_size, 1.0)
+        crop = centre(region, patch_size)
+        assert valid[crop].all()
+        found = image[crop][label[crop] == 1]
+        assert len(found) == 1
+        seen.add(tuple(found[0]))
+    assert len(seen) == 4
+
+
+def test_all_classes_that_are_present_are_equally_likely():
+    label = np.zeros((30, 30, 5))
+    label[:20] = 1  # 3000 voxels
+    label[25:27, 3] = 4  # 10 voxels
+    label[29, 29, 4] = 2  # a single one
+    case = make_case(label)
+    rng = np.random.default_rng(0)
+    drawn = [int(sample_region(case, rng, (1, 1), (1, 1), 1.0)[1].item()) for _ in range(3000)]
+    counts = np.bincount(drawn, minlength=5)
+    assert counts[0] == counts[3] == 0
+    # Standard deviation of each count: sqrt(3000 * 1/3 * 2/3) = 26.
+    np.testing.assert_allclose(counts[[1, 2, 4]], 1000, atol=5 * 26)
+
+
+@pytest.mark.parametrize("foreground_fraction, expected", [(0.0, 0.2), (0.25, 0.4), (1.0, 1.0)])
+def test_foreground_is_oversampled_as_often_as_asked(foreground_fraction, expected):
+    label = np.zeros((10, 10, 10))
+    label[:, :, :2] = 1
+    case = make_case(label)
+    rng = np.random.default_rng(0)
+    draws = [sample_region(case, rng, (1, 1), (1, 1), foreground_fraction) for _ in range(2000)]
+    share = np.mean([label.item() for _, label, _ in draws])
+    # f + (1 - f) * 0.2; standard deviation at most sqrt(0.25 / 2000) = 0.011.
+    assert share == pytest.approx(expected, abs=5 * 0.011)
+
+
+def test_every_voxel_of_a_slice_and_every_slice_can_be_seen():
+    case = random_case((9, 8, 4))
+    rng = np.random.default_rng(0)
+    seen = np.zeros((9, 8, 4), int)
+    for _ in range(300):
+        image, _, _ = sample_region(case, rng, (4, 4), (4, 4), 0.0)
+        np.add.at(seen, tuple((image.reshape(-1, 3) - 1).astype(int).T), 1)
+    assert seen.min() > 0
+
+
+def test_a_case_without_foreground_is_drawn_anywhere():
+    case = make_case(np.zeros((6, 6, 3)))
+    image, label, valid = sample_region(case, np.random.default_rng(0), (8, 8), (4, 4), 1.0)
+    assert image.any() and not label.any() and valid[2:6, 2:6].all()
+
+
+@pytest.mark.parametrize("patch_size", [(9, 8), (8, 9), (9, 8, 7), (8, 9, 6)])
+@pytest.mark.parametrize("shape", [(4, 5, 1), (5, 4, 1), (8, 3, 1), (1, 8, 1)])
+def test_a_small_case_is_padded_in_training_as_in_inference(shape, patch_size):
+    case = random_case(shape)
+    captured = []
+
+    def predict_fn(batch):
+        captured.append(batch)
+        return np.zeros((*batch["label"].shape, 2), np.float32)
+
+    predict_case(predict_fn, case.image, case.label, patch_size=patch_size, batch_size=1)
+    (expected,) = captured
+    params = base_config(rank=len(patch_size)).augment.to_dict()
+    for region in (patch_size, region_size(patch_size, params)):
+        arrays = sample_region(case, np.random.default_rng(0), region, patch_size, 0.5)
+        for name, array in zip(("image", "label", "valid"), arrays, strict=True):
+            np.testing.assert_array_equal(array[centre(region, patch_size)], expected[name][0])
+
+    off = {"augment_params": OFF, "patch_size": patch_size, "num_channels": 3, "batch_size": 1}
+    assert_equal(batches({"a": case}, num_steps=1, **off), [expected])

@@ -1,0 +1,300 @@
+import itertools
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxseg import geometry
+from jaxseg.data import preprocess
+from jaxseg.data.cases import Case
+from jaxseg.data.preprocess import Plan, make_plan, preprocess_image, preprocess_label
+
+# Clips nothing in sight, subtracts 0 and divides by 1.
+UNCHANGED = (-1e9, 1e9, 0.0, 1.0)
+
+
+def make_affine(spacing_mm, axes=(0, 1, 2), signs=(1, 1, 1), turn=0.0):
+    """Axes of that spacing along permuted and flipped world axes, then turned about x and z."""
+    sin, cos = np.sin(turn), np.cos(turn)
+    about_x = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    about_z = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = about_z @ about_x @ (np.eye(3)[:, axes] * signs) * spacing_mm
+    affine[:3, 3] = (12.5, -40.0, 7.0)
+    return affine
+
+
+AFFINES = {
+    "ras": make_affine((1.0, 1.0, 1.0)),
+    "anisotropic": make_affine((0.7, 0.9, 3.1)),
+    "left_handed": make_affine((0.7, 0.9, 3.1), signs=(-1, 1, 1)),
+    "permuted": make_affine((0.9, 3.1, 0.7), axes=(1, 2, 0), signs=(-1, -1, 1)),
+    "oblique": make_affine((0.9, 3.1, 0.7), axes=(2, 0, 1), signs=(1, -1, 1), turn=0.4),
+}
+each_affine = pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+
+
+def make_plan_of(spacing_mm, kinds=("ct",), intensity=(UNCHANGED,), image_order=1, label_order=1):
+    return Plan(tuple(spacing_mm), kinds, intensity, image_order, label_order)
+
+
+def one_hot(label, num_classes):
+    return np.eye(num_classes, dtype=np.float32)[label]
+
+
+def dice(a, b):
+    return 2 * np.sum(a & b) / (np.sum(a) + np.sum(b))
+
+
+def blob(shape, affine, radius_mm):
+    """Ball inside a larger ball, in millimetres: classes 2 and 1."""
+    index = np.moveaxis(np.indices(shape), 0, -1)
+    offset = (index - (np.array(shape) - 1) / 2) @ affine[:3, :3].T
+    distance = np.linalg.norm(offset, axis=-1)
+    return ((distance < radius_mm).astype(np.uint8) + (distance < radius_mm / 2)).astype(np.uint8)
+
+
+@each_affine
+@pytest.mark.parametrize("label_order", [0, 1])
+def test_restoring_at_the_same_spacing_is_the_identity(affine, label_order):
+    label = np.random.default_rng(0).integers(0, 3, (7, 6, 5)).astype(np.uint8)
+    _, canonical_affine = geometry.to_canonical(label, affine)
+    spacing_mm = geometry.spacing_mm_from_affine(canonical_affine)
+    plan = make_plan_of(spacing_mm, label_order=label_order)
+    prepared = preprocess_label(label, affine, plan, 3)
+    assert sorted(prepared.shape) == [5, 6, 7]
+    probs = preprocess.restore_probs(one_hot(prepared, 3), label.shape, affine)
+    np.testing.assert_array_equal(probs, one_hot(label, 3))
+
+
+@each_affine
+@pytest.mark.parametrize("label_order", [0, 1])
+@pytest.mark.parametrize("target_mm", [(1.0, 1.3, 1.1), (0.6, 0.5, 0.8)])
+def test_restoring_after_resampling_nearly_gives_the_label_back(affine, label_order, target_mm):
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    shape = tuple(np.round(30 / spacing_mm).astype(int))
+    label = blob(shape, affine, radius_mm=13)
+    plan = make_plan_of(target_mm, label_order=label_order)
+    prepared = preprocess_label(label, affine, plan, 3)
+    assert prepared.shape != label.shape
+    probs = preprocess.restore_probs(one_hot(prepared, 3), label.shape, affine)
+    assert probs.shape == (*shape, 3) and probs.dtype == np.float32
+    np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-5)
+    restored = probs.argmax(-1)
+    assert dice(restored > 0, label > 0) > 0.95
+    assert dice(restored == 2, label == 2) > 0.9  # half as wide, down to 4 slices thick
+
+
+@each_affine
+def test_every_voxel_stays_where_it_is_in_the_world(affine):
+    # A linear function of the world survives linear interpolation between voxel centres.
+    slope, shape = np.array([0.3, -0.2, 0.5]), (12, 11, 10)
+    index = np.moveaxis(np.indices(shape), 0, -1)
+    image = ((index @ affine[:3, :3].T + affine[:3, 3]) @ slope)[..., None].astype(np.float32)
+    plan = make_plan_of((1.1, 0.8, 1.7))
+    prepared, new_affine = preprocess_image(image, affine, plan)
+    assert prepared.dtype == np.float32
+
+    new_index = np.moveaxis(np.indices(prepared.shape[:3]), 0, -1)
+    world = new_index @ new_affine[:3, :3].T + new_affine[:3, 3]
+    old_index = (world - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    inside = ((old_index >= 0) & (old_index <= np.array(shape) - 1)).all(-1)
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(prepared[inside][:, 0], (world @ slope)[inside], atol=1e-4)
+    np.testing.assert_allclose(
+        geometry.spacing_mm_from_affine(new_affine), (1.1, 0.8, 1.7), rtol=0.1
+    )
+    assert (np.abs(new_affine[:3, :3]).argmax(0) == range(3)).all()
+    assert (np.diag(new_affine)[:3] > 0).all()
+
+
+@each_affine
+def test_image_and_label_stay_aligned(affine):
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    label = blob(np.round(24 / spacing_mm).astype(int), affine, radius_mm=9)
+    label = np.minimum(label, 1)
+    label[:, 0] = 1  # asymmetric
+    plan = make_plan_of((1.2, 0.8, 1.5))
+    image, _ = preprocess_image(label[..., None].astype(np.float32), affine, plan)
+    prepared = preprocess_label(label, affine, plan, 2)
+    image = image[..., 0]
+    clear = np.abs(image - 0.5) > 1e-3
+    assert clear.mean() > 0.8
+    np.testing.assert_array_equal(prepared[clear], image[clear] > 0.5)
+
+
+def test_slices_are_not_split_when_their_spacing_stays():
+    image = np.arange(4 * 5 * 3, dtype=np.float32).reshape(4, 5, 3, 1)
+    affine = make_affine((1.0, 1.0, 5.0))
+    prepared, _ = preprocess_image(image, affine, make_plan_of((0.5, 0.5, 5.0)))
+    assert prepared.shape == (8, 10, 3, 1)
+    np.testing.assert_allclose(np.diff(prepared[:, :, :, 0], axis=2), 1, atol=1e-5)
+
+
+def save_case(folder, case_id, image, label, affine):
+    paths = []
+    for kind, values in (("image", image.astype(np.float32)), ("label", label.astype(np.uint8))):
+        path = folder / f"{case_id}_{kind}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(values, affine), path)
+        paths.append(str(path))
+    return Case(case_id, *paths)
+
+
+def plan_of(cases, **changes):
+    options = {
+        "label_values": (0, 1),
+        "modalities": ("CT",),
+        "spacing_mm": (),
+        "normalisation": "auto",
+        "image_order": 1,
+        "label_order": 1,
+    }
+    return make_plan(cases, **options | changes)
+
+
+def test_ct_statistics_by_hand(tmp_path):
+    cases = []
+    for case_id, value in (("a", 10), ("b", 30)):
+        label = np.zeros((4, 4, 4))
+        label[1:3, 1:3] = 1
+        image = np.where(label, value, 1000)
+        cases.append(save_case(tmp_path, case_id, image, label, np.eye(4)))
+    plan = plan_of(cases)
+    assert plan.normalisation == ("ct",)
+    assert plan.intensity == ((10.0, 30.0, 20.0, 10.0),)
+    image = np.array([-500.0, 10, 15, 20, 1000], np.float32).reshape(5, 1, 1, 1)
+    prepared, _ = preprocess_image(image, np.eye(4), plan)
+    np.testing.assert_allclose(prepared.ravel(), [-1, -1, -0.5, 0, 1], atol=1e-6)
+
+
+def test_ct_statistics_are_those_of_the_clipped_foreground(tmp_path):
+    rng = np.random.default_rng(0)
+    cases, foreground = [], []
+    for case_id, affine in (("a", AFFINES["oblique"]), ("b", AFFINES["permuted"])):
+        label = rng.random((11, 10, 9)) < 0.4
+        image = rng.normal(40, 200, label.shape).astype(np.float32)
+        foreground.append(image[label])
+        cases.append(save_case(tmp_path, case_id, image, label, affine))
+    values = np.concatenate(foreground).astype(np.float64)
+    low, high = np.percentile(values, [0.5, 99.5])
+    clipped = np.clip(values, low, high)
+    (statistics,) = plan_of(cases).intensity
+    np.testing.assert_allclose(statistics, (low, high, clipped.mean(), clipped.std()), rtol=1e-4)
+
+
+def test_ct_statistics_of_many_voxels_need_only_some_of_them(tmp_path):
+    image = np.random.default_rng(0).normal(0, 100, (40, 40, 40))
+    case = save_case(tmp_path, "a", image, np.ones(image.shape), np.eye(4))
+    (statistics,) = plan_of([case]).intensity
+    # Percentiles of a normal distribution, and moments of one clipped there.
+    np.testing.assert_allclose(statistics, (-257.6, 257.6, 0, 98.9), atol=12)
+
+
+def test_spacing_is_the_median_of_canonical_spacings(tmp_path):
+    cases = []
+    for index, (spacing_mm, axes) in enumerate(
+        [((1, 2, 5), (0, 1, 2)), ((6, 1.5, 2), (2, 0, 1)), ((3, 9, 2.5), (1, 2, 0))]
+    ):
+        rng = np.random.default_rng(index)
+        affine = make_affine(spacing_mm, axes)
+        label = np.ones((3, 3, 3))
+        cases.append(save_case(tmp_path, str(index), rng.normal(size=(3, 3, 3)), label, affine))
+    # RAS spacings (1, 2, 5), (1.5, 2, 6) and (2.5, 3, 9).
+    np.testing.assert_allclose(plan_of(cases).spacing_mm, (1.5, 2, 6), rtol=1e-6)
+    assert plan_of(cases, spacing_mm=(1.0, 1.0, 4.0)).spacing_mm == (1.0, 1.0, 4.0)
+
+
+def test_normalisation_follows_the_modality_of_each_channel(tmp_path):
+    image = np.random.default_rng(0).normal(size=(4, 4, 4, 2)) * (1, 50) + (0, 100)
+    label = np.zeros((4, 4, 4))
+    label[:2] = 1
+    case = save_case(tmp_path, "a", image, label, np.eye(4))
+    plan = plan_of([case], modalities=("MRI", "ct "))
+    assert plan.normalisation == ("zscore", "ct")
+    assert plan.intensity[0] == ()
+    assert plan.intensity[1][2] == pytest.approx(image[:2, ..., 1].mean(), abs=2)
+    both = plan_of([case], modalities=("MRI", "CT"), normalisation="ct")
+    assert both.normalisation == ("ct", "ct") and both.intensity[1] == plan.intensity[1]
+    neither = plan_of([case], modalities=("CT", "CT"), normalisation="zscore")
+    assert neither.normalisation == ("zscore",) * 2 and neither.intensity == ((), ())
+
+
+def test_pictures_are_z_scored_channel_by_channel(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 5, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    case = Case("a", str(tmp_path / "a.png"), str(tmp_path / "never_opened.png"))
+    plan = plan_of([case], modalities=(), label_values=None)
+    assert plan.normalisation == ("zscore",) * 3
+    assert plan.spacing_mm == (1.0, 1.0, 1.0)
+    image = pixels[:, :, None].astype(np.float32)
+    prepared, affine = preprocess_image(image, np.eye(4), plan)
+    assert prepared.shape == (6, 5, 1, 3)
+    np.testing.assert_array_equal(affine, np.eye(4))
+    for channel in range(3):
+        values = image[..., channel].astype(np.float64)
+        values = np.clip(values, *np.percentile(values, [0.5, 99.5]))
+        expected = (values - values.mean()) / values.std()
+        np.testing.assert_allclose(prepared[..., channel], expected, atol=1e-5)
+
+
+def test_each_channel_has_its_own_statistics():
+    image = np.zeros((4, 4, 4, 3), np.float32)
+    image[..., 0] = np.where(np.indices((4, 4, 4))[0] < 2, 10, 30)
+    image[..., 1] = np.where(np.indices((4, 4, 4))[1] < 2, 7, -1)
+    image[..., 2] = 55
+    plan = make_plan_of((1, 1, 1), ("zscore", "ct", "ct"), ((), (0.0, 5.0, 1.0, 2.0), UNCHANGED))
+    prepared, _ = preprocess_image(image, np.eye(4), plan)
+    np.testing.assert_allclose(prepared[:2, ..., 0], -1, atol=1e-6)
+    np.testing.assert_allclose(prepared[2:, ..., 0], 1, atol=1e-6)
+    np.testing.assert_allclose(prepared[:, :2, :, 1], 2, atol=1e-6)
+    np.testing.assert_allclose(prepared[:, 2:, :, 1], -0.5, atol=1e-6)
+    np.testing.assert_allclose(prepared[..., 2], 55)
+
+
+def test_one_extreme_voxel_does_not_move_the_others():
+    image = np.random.default_rng(0).normal(100, 15, (20, 20, 10, 1)).astype(np.float32)
+    plan = make_plan_of((1, 1, 1), ("zscore",), ((),))
+    before, _ = preprocess_image(image, np.eye(4), plan)
+    assert abs(before.mean()) < 1e-4 and before.std() == pytest.approx(1, abs=1e-4)
+    image[3, 4, 5] = 1e6
+    after, _ = preprocess_image(image, np.eye(4), plan)
+    others = np.ones(image.shape, bool)
+    others[3, 4, 5] = False
+    np.testing.assert_allclose(after[others], before[others], atol=0.01)
+    assert after[3, 4, 5, 0] == after.max() < 5
+
+
+@pytest.mark.parametrize("kind", ["zscore", "ct"])
+@pytest.mark.parametrize("value", [0.0, 3.3, -1e5])
+def test_a_constant_channel_becomes_finite(tmp_path, kind, value):
+    image = np.full((5, 4, 3, 1), value, np.float32)
+    case = save_case(tmp_path, "a", image[..., 0], np.ones((5, 4, 3)), np.eye(4))
+    plan = plan_of([case], normalisation=kind)
+    prepared, _ = preprocess_image(image, np.eye(4), plan)
+    np.testing.assert_array_equal(prepared, np.zeros_like(image))
+
+
+def test_plan_survives_json():
+    for plan in (
+        make_plan_of((0.1, 1 / 3, 2.0), ("zscore", "ct"), ((), (-1.5, 2.25, 1e-9, 1 / 7))),
+        make_plan_of((1.0, 1.0, 1.0), ("zscore",), ((),), image_order=3, label_order=0),
+    ):
+        assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_order_of_resampling_is_the_plans():
+    image = np.zeros((9, 1, 1, 1), np.float32)
+    image[4] = 1
+    results = {}
+    for image_order in (1, 3):
+        plan = make_plan_of((0.5, 1, 1), image_order=image_order)
+        results[image_order] = preprocess_image(image, np.eye(4), plan)[0].ravel()
+    assert results[1].min() == 0 and results[1].max() == pytest.approx(0.75)
+    assert results[3].min() < -0.01  # cubic splines overshoot
+    label = (image[..., 0] > 0).astype(np.uint8)
+    for label_order, (first, second) in itertools.product((0, 1), [(0.5, 18), (3.0, 3)]):
+        plan = make_plan_of((first, 1, 1), label_order=label_order)
+        prepared = preprocess_label(label, np.eye(4), plan, 2)
+        assert prepared.shape == (second, 1, 1)
+        assert prepared.any()

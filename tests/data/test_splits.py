@@ -1,0 +1,196 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxseg.data import cases, splits
+from jaxseg.data.splits import SplitProblem, split_by_subject, split_from_file, subject_from_regex
+
+# Twelve subjects, the left and right side of each.
+IDS = [f"s{number:02d}_{side}" for number in range(12) for side in "LR"]
+subject_of = subject_from_regex(r"(s\d+)_[LR]")
+
+
+def subjects(case_ids):
+    return set(map(subject_of, case_ids))
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def message_of(function, *args, **kwargs):
+    with pytest.raises(SplitProblem) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+def assert_partition(split, case_ids):
+    assert sorted(case for name in splits.SETS for case in split[name]) == sorted(case_ids)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_subject_is_in_two_sets(seed):
+    split = split_by_subject(IDS, seed=seed, subject_of=subject_of)
+    assert_partition(split, IDS)
+    groups = [subjects(split[name]) for name in splits.SETS]
+    assert len(set.union(*groups)) == sum(map(len, groups)) == 12
+    assert [len(group) for group in groups] == [8, 2, 2]  # 15 % of 12 is 1.8
+    assert all(split[name] == sorted(split[name]) for name in splits.SETS)
+
+
+def test_without_a_regex_every_case_is_its_own_subject():
+    split = split_by_subject(IDS, seed=0)
+    assert [len(split[name]) for name in splits.SETS] == [16, 4, 4]
+    assert subject_from_regex("")("a_b") == "a_b"
+
+
+def test_the_same_subjects_in_another_order_split_alike():
+    expected = split_by_subject(IDS, seed=3, subject_of=subject_of)
+    shuffled = list(np.random.default_rng(0).permutation(IDS))
+    for order in (IDS[::-1], shuffled):
+        assert split_by_subject(order, seed=3, subject_of=subject_of) == expected
+
+
+def test_the_seed_decides():
+    drawn = {json.dumps(split_by_subject(IDS, seed=seed)) for seed in range(5)}
+    again = {json.dumps(split_by_subject(IDS, seed=seed)) for seed in range(5)}
+    assert len(drawn) == 5
+    assert drawn == again
+
+
+def test_folds_partition_the_subjects_outside_the_test_set():
+    folds = [
+        split_by_subject(IDS, seed=1, subject_of=subject_of, num_folds=4, fold=fold)
+        for fold in range(4)
+    ]
+    tests = {tuple(split["test"]) for split in folds}
+    assert len(tests) == 1
+    validated = [case for split in folds for case in split["val"]]
+    assert len(validated) == len(set(validated))
+    assert sorted(validated) == sorted(set(IDS) - set(folds[0]["test"]))
+    for split in folds:
+        assert_partition(split, IDS)
+        assert not subjects(split["train"]) & subjects(split["val"])
+    sizes = [len(subjects(split["val"])) for split in folds]
+    assert sorted(sizes) == [2, 2, 3, 3]  # 10 subjects, as even as can be
+
+
+def test_cases_that_match_are_the_test_set_with_all_of_their_subject():
+    split = split_by_subject(IDS, seed=0, subject_of=subject_of, test_regex="s0[34]_L")
+    assert split["test"] == ["s03_L", "s03_R", "s04_L", "s04_R"]
+    assert len(subjects(split["val"])) == 2
+
+
+def test_validation_gets_one_subject_however_small_its_fraction():
+    split = split_by_subject(["a", "b", "c"], seed=0, val_fraction=0.0, test_fraction=0.0)
+    assert [len(split[name]) for name in splits.SETS] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("num_folds, fold", [(4, 4), (4, -1)])
+def test_a_missing_fold_is_an_error(num_folds, fold):
+    message = message_of(split_by_subject, IDS, seed=0, num_folds=num_folds, fold=fold)
+    assert f"split.fold {fold} is missing" in message and str(num_folds) in message
+
+
+def test_more_folds_than_subjects_is_an_error():
+    options = {"subject_of": subject_of, "test_fraction": 0.5}
+    message = message_of(split_by_subject, IDS, seed=0, num_folds=7, **options)
+    assert "num_folds is 7" in message and "6 subjects" in message
+
+
+def test_a_test_regex_that_matches_nothing_is_an_error():
+    message = message_of(split_by_subject, IDS, seed=0, test_regex="patient")
+    assert "'patient' matches none" in message
+
+
+def test_a_subject_regex_that_misses_a_case_is_an_error():
+    message = message_of(split_by_subject, [*IDS, "other"], seed=0, subject_of=subject_of)
+    assert "split.subject_regex" in message and "'other'" in message
+
+
+def test_one_subject_can_not_be_split():
+    message = message_of(split_by_subject, ["s00_L", "s00_R"], seed=0, subject_of=subject_of)
+    assert 'has no case in "train"' in message
+
+
+def test_all_cases_in_the_test_set_is_an_error():
+    message = message_of(split_by_subject, ["a", "b"], seed=0, test_regex=".")
+    assert 'no case in "train"' in message and 'no case in "val"' in message
+
+
+def test_saved_split_is_read_back(tmp_path):
+    split = split_by_subject(IDS, seed=0, subject_of=subject_of)
+    path = tmp_path / "split.json"
+    splits.save_split(path, split)
+    assert split_from_file(path, IDS, subject_of=subject_of) == split
+    assert [file.name for file in tmp_path.iterdir()] == ["split.json"]
+
+
+def test_the_list_of_nnunet_gives_each_fold(tmp_path):
+    folds = [
+        {"train": ["c", "b"], "val": ["a"]},
+        {"train": ["a", "c"], "val": ["b"]},
+    ]
+    path = write(tmp_path / "splits_final.json", folds)
+    case_ids = ["a", "b", "c"]
+    assert split_from_file(path, case_ids) == {"train": ["b", "c"], "val": ["a"], "test": []}
+    assert split_from_file(path, case_ids, fold=1)["val"] == ["b"]
+    for fold in (2, -1):
+        message = message_of(split_from_file, path, case_ids, fold=fold)
+        assert path in message and f"fold {fold} is missing" in message and "2 folds" in message
+
+
+def test_all_faults_of_a_file_are_named(tmp_path):
+    content = {"train": ["s00_L", "s01_L", "gone_7"], "val": ["s00_R"], "test": ["s01_R", "gone_8"]}
+    path = write(tmp_path / "split.json", content)
+    case_ids = ["s00_L", "s00_R", "s01_L", "s01_R", "s02_L", "s02_R"]
+    by_prefix = subject_from_regex("([a-z0-9]+)_")
+    message = message_of(split_from_file, path, case_ids, subject_of=by_prefix)
+    assert message.startswith(path)
+    assert "names cases that the dataset lacks: gone_7, gone_8" in message
+    assert "leaves cases out: s02_L, s02_R" in message
+    assert "s00 in train and val" in message
+    assert "s01 in test and train" in message
+
+
+def test_one_case_in_two_sets_is_an_error(tmp_path):
+    path = write(tmp_path / "split.json", {"train": ["a", "b"], "val": ["b"]})
+    assert "b in train and val" in message_of(split_from_file, path, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not a readable JSON split"),
+        ("3", 'has no list "train"'),
+        ('{"training": ["a"]}', 'has no list "train"'),
+        ('{"train": ["a", "b"]}', 'has no case in "val"'),
+        ('{"train": "ab", "val": ["b"]}', '"train" is not a list of case ids'),
+        ('{"train": ["a"], "val": null}', '"val" is not a list of case ids'),
+        ('{"train": ["a", 3], "val": ["b"]}', '"train" is not a list of case ids'),
+    ],
+)
+def test_a_malformed_file_is_an_error(tmp_path, text, words):
+    path = tmp_path / "split.json"
+    path.write_text(text)
+    message = message_of(split_from_file, path, ["a", "b"])
+    assert message.startswith(str(path)) and words in message
+
+
+def test_an_absent_file_is_an_error(tmp_path):
+    message = message_of(split_from_file, tmp_path / "absent.json", ["a", "b"])
+    assert "absent.json" in message and "--config.split.file" in message
+
+
+def test_real_split_keeps_persons_together(shared_data):
+    folder = shared_data("Task04_Hippocampus")
+    case_ids = [case.case_id for case in cases.find_msd_cases(folder).cases]
+
+    def person(case_id):
+        return (int(case_id.removeprefix("hippocampus_")) + 1) // 2
+
+    split = split_from_file(folder / "subject_split.json", case_ids, subject_of=person)
+    assert_partition(split, case_ids)
+    assert len(split["train"]) > len(split["val"]) > 0

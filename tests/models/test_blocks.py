@@ -1,0 +1,295 @@
+"""The building blocks against float64 NumPy and against the library's slower forms."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from scipy import ndimage
+
+from jaxseg.models import MODELS, create_model
+from jaxseg.models.blocks import (
+    ConvBlock,
+    Dropout,
+    InstanceNorm,
+    Norm,
+    UpConv,
+    crop_to,
+    depth_to_space,
+    max_pool,
+    resize_linear,
+)
+
+SHAPES = [(5, 4), (3, 2, 4)]
+
+
+def random_array(*shape, seed=0, scale=1.0, offset=0.0):
+    rng = np.random.default_rng(seed)
+    return (offset + scale * rng.normal(size=shape)).astype(np.float32)
+
+
+def random_variables(model, x, **kwargs):
+    """Variables of `model` filled with noise; its own initialisers are slow to compile."""
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, **kwargs))
+    leaves, tree = jax.tree.flatten(variables)
+    arrays = [random_array(*leaf.shape, seed=seed) for seed, leaf in enumerate(leaves, start=1)]
+    return jax.tree.unflatten(tree, arrays)
+
+
+def oracle_up_conv(x, kernel, bias):
+    """Every input voxel is spread over a block of 2 per axis, in float64."""
+    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    rank = x.ndim - 2
+    out = np.zeros((x.shape[0], *(2 * n for n in x.shape[1:-1]), kernel.shape[-1]))
+    for tap in itertools.product((0, 1), repeat=rank):
+        out[(slice(None), *(slice(t, None, 2) for t in tap))] = x @ kernel[tap]
+    return out + bias
+
+
+def oracle_normalise(x, axes, eps=1e-5):
+    x = x.astype(np.float64)
+    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_up_conv_is_a_transposed_convolution(shape):
+    x = random_array(2, *shape, 3)
+    model = UpConv(5)
+    variables = random_variables(model, x)
+    kernel, bias = variables["params"]["kernel"], variables["params"]["bias"]
+    assert kernel.shape == (2,) * len(shape) + (3, 5)
+    expected = oracle_up_conv(x, kernel, bias)
+    np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_up_conv_has_the_gradient_of_the_strided_form(shape):
+    rank = len(shape)
+    x = random_array(2, *shape, 3)
+    model = UpConv(5)
+    params = random_variables(model, x)["params"]
+    weight = random_array(2, *(2 * n for n in shape), 5, seed=9)
+
+    def fast(params, x):
+        return jnp.sum(weight * model.apply({"params": params}, x))
+
+    def strided(params, x):
+        kernel = jnp.flip(params["kernel"], range(rank))  # lax correlates instead of convolving
+        out = lax.conv_transpose(x, kernel, (2,) * rank, "VALID")
+        return jnp.sum(weight * (out + params["bias"]))
+
+    grads = [jax.jit(jax.grad(f, argnums=(0, 1)))(params, x) for f in (fast, strided)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *grads)
+
+
+def test_up_conv_starts_with_the_variance_that_keeps_its_inputs_scale():
+    kernel = UpConv(64).init(jax.random.key(0), jnp.zeros((1, 2, 2, 128)))["params"]["kernel"]
+    # One input voxel reaches one output voxel by one tap: the fan-in is the channels alone.
+    np.testing.assert_allclose(np.std(kernel), 128**-0.5, rtol=0.03)
+
+
+def test_depth_to_space_unfolds_row_then_column():
+    x = np.arange(8).reshape(1, 1, 2, 4)  # one feature, four positions per voxel
+    expected = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    np.testing.assert_array_equal(depth_to_space(x, rank=2)[0, ..., 0], expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 7), (1, 3), (3, 4, 5)])
+def test_max_pool_takes_blocks_and_a_smaller_one_at_an_odd_end(shape):
+    x = random_array(2, *shape, 3, offset=-5)  # negative: a padding with 0 would win
+    expected = np.empty((2, *(-(-n // 2) for n in shape), 3), np.float32)
+    for index in np.ndindex(expected.shape[1:-1]):
+        block = x[(slice(None), *(slice(2 * i, 2 * i + 2) for i in index))]
+        expected[(slice(None), *index)] = block.max(axis=tuple(range(1, x.ndim - 1)))
+    np.testing.assert_array_equal(max_pool(x), expected)
+
+
+@pytest.mark.parametrize(("shape", "new_shape"), [((4, 3), (7, 6)), ((2, 3, 1), (4, 5, 2))])
+def test_resize_linear_interpolates_between_voxel_centres(shape, new_shape):
+    expected = x = random_array(2, *shape, 2)
+    for axis, (n, m) in enumerate(zip(shape, new_shape, strict=True), start=1):
+        centres = (np.arange(m) + 0.5) * n / m - 0.5
+        expected = np.apply_along_axis(
+            lambda line, at=centres: np.interp(at, np.arange(len(line)), line), axis, expected
+        )
+    np.testing.assert_allclose(resize_linear(x, new_shape), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_crop_to_keeps_the_first_voxels_and_all_channels():
+    x = random_array(2, 4, 5, 3)
+    np.testing.assert_array_equal(crop_to(x, (3, 5)), x[:, :3, :5, :])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_instance_norm_is_per_example_and_channel(shape):
+    x = random_array(2, *shape, 3, scale=2.0, offset=100.0)
+    model = InstanceNorm()
+    variables = random_variables(model, x)
+    scale, bias = variables["params"]["scale"], variables["params"]["bias"]
+    expected = oracle_normalise(x, tuple(range(1, x.ndim - 1))) * scale + bias
+    np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_instance_norm_in_bfloat16_has_float32_statistics():
+    x = jnp.asarray(random_array(1, 64, 64, 2, scale=2.0, offset=100.0), jnp.bfloat16)
+    model = InstanceNorm()
+    params = model.init(jax.random.key(0), x)
+    result = model.apply(params, x)
+    assert result.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    expected = oracle_normalise(np.asarray(x, np.float32), (1, 2))
+    np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_instance_norm_of_a_constant_channel_is_its_bias_and_has_a_finite_gradient():
+    x = jnp.full((1, 4, 4, 1), 7.0)
+    params = {"scale": jnp.ones(1), "bias": jnp.full(1, 0.5)}
+
+    def f(x):
+        return InstanceNorm().apply({"params": params}, x)
+
+    np.testing.assert_array_equal(f(x), np.full((1, 4, 4, 1), 0.5, np.float32))
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(f(x) ** 2))(x)).all()
+
+
+def test_group_norm_takes_groups_of_eight_channels():
+    x = random_array(2, 4, 3, 16, scale=2.0, offset=1.0)
+    model = Norm("group")
+    variables = random_variables(model, x, train=True)
+    (params,) = variables["params"].values()
+    grouped = oracle_normalise(x.reshape(2, 4, 3, 2, 8), (1, 2, 4), eps=1e-6).reshape(x.shape)
+    expected = grouped * params["scale"] + params["bias"]
+    np.testing.assert_allclose(
+        model.apply(variables, x, train=True), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_batch_norm_uses_the_batch_while_training_and_keeps_running_statistics():
+    x = random_array(4, 3, 5, 2, scale=2.0, offset=1.0)
+    model = Norm("batch")
+    variables = random_variables(model, x, train=True)
+    (params,) = variables["params"].values()
+    (stats,) = variables["batch_stats"].values()
+    result, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    expected = oracle_normalise(x, (0, 1, 2)) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+    (new_stats,) = updated["batch_stats"].values()
+    x64 = x.astype(np.float64)
+    for name, value in (("mean", x64.mean((0, 1, 2))), ("var", x64.var((0, 1, 2)))):
+        expected = 0.9 * stats[name] + 0.1 * value
+        np.testing.assert_allclose(new_stats[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_uses_the_running_statistics_when_not_training():
+    x = random_array(4, 3, 5, 2)
+    model = Norm("batch")
+    variables = jax.tree.map(np.abs, random_variables(model, x, train=True))
+    (params,) = variables["params"].values()
+    (stats,) = variables["batch_stats"].values()
+    expected = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    expected = expected * params["scale"] + params["bias"]
+    np.testing.assert_allclose(
+        model.apply(variables, x, train=False), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_batch_norm_over_a_device_axis_takes_the_statistics_of_the_whole_batch():
+    x = random_array(4, 3, 5, 2, offset=1.0)
+    whole = Norm("batch")
+    variables = random_variables(whole, x, train=True)
+    split = Norm("batch", axis_name="batch")
+
+    def apply(model, x):
+        return model.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    expected, expected_stats = apply(whole, x)
+    parts, stats = jax.vmap(lambda x: apply(split, x), axis_name="batch")(x.reshape(2, 2, 3, 5, 2))
+    np.testing.assert_allclose(parts.reshape(x.shape), expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(expected_stats), strict=True):
+        np.testing.assert_allclose(a, np.stack([b, b]), rtol=1e-5, atol=1e-6)
+
+
+def test_no_norm_is_the_identity_without_parameters():
+    x = random_array(2, 3, 4)
+    result, variables = Norm("none").init_with_output(jax.random.key(0), x, train=True)
+    np.testing.assert_array_equal(result, x)
+    assert not variables
+
+
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("leaky_relu", 0.01)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conv_block_is_a_same_sized_correlation_and_an_activation(shape, activation, slope):
+    x = random_array(1, *shape, 2)
+    model = ConvBlock(3, 1, "none", activation)
+    variables = random_variables(model, x, train=True)
+    kernel, bias = (variables["params"]["conv0"][name] for name in ("kernel", "bias"))
+    assert kernel.shape == (3,) * len(shape) + (2, 3)
+    expected = np.empty((*shape, 3))
+    for f in range(3):
+        planes = [
+            ndimage.correlate(x[0, ..., c].astype(np.float64), kernel[..., c, f], mode="constant")
+            for c in range(2)
+        ]
+        expected[..., f] = sum(planes) + bias[f]
+    assert (expected < -1).any()
+    expected = np.where(expected < 0, slope * expected, expected)
+    result = model.apply(variables, x, train=True)[0]
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_conv_block_strides_its_first_convolution_alone():
+    x = jnp.zeros((1, 9, 8, 2))
+    model = ConvBlock(3, 3, "none", "relu", stride=2)
+    out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), x, train=True)[0])
+    assert out.shape == (1, 5, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("norm", "has_bias"), [("instance", False), ("batch", False), ("group", True), ("none", True)]
+)
+def test_conv_block_has_a_bias_only_where_the_norm_does_not_remove_it(norm, has_bias):
+    x = jnp.zeros((1, 4, 4, 2))
+    model = ConvBlock(8, 2, norm, "relu")
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=True))["params"]
+    assert ["bias" in params[f"conv{i}"] for i in range(2)] == [has_bias] * 2
+
+
+@pytest.mark.parametrize(("rate", "train"), [(0.7, False), (0.0, True)])
+def test_dropout_is_the_identity_unless_training(rate, train):
+    x = random_array(2, 3, 4)
+    np.testing.assert_array_equal(Dropout(rate).apply({}, x, train=train), x)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_dropout_drops_whole_channels_of_each_example_and_keeps_the_mean(rate):
+    num_examples, num_channels = 64, 256
+    x = random_array(num_examples, 2, 3, num_channels, offset=3.0)
+    dropped = Dropout(rate).apply({}, x, train=True, rngs={"dropout": jax.random.key(1)})
+    keep = np.asarray(dropped[:, 0, 0] != 0)
+    expected = np.where(keep[:, None, None], x / (1 - rate), 0)
+    np.testing.assert_allclose(dropped, expected, rtol=1e-6)
+    # 16,384 draws: three standard deviations of their mean are at most 0.012.
+    np.testing.assert_allclose(keep.mean(), 1 - rate, atol=0.012)
+    assert len(np.unique(keep, axis=0)) == num_examples
+
+
+def test_dropout_masks_do_not_depend_on_how_devices_share_the_batch():
+    x = np.ones((8, 2, 2, 64), np.float32)
+    rngs = {"dropout": jax.random.key(1)}
+    whole = Dropout(0.5).apply({}, x, train=True, rngs=rngs)
+    apply = jax.vmap(
+        lambda x: Dropout(0.5, "batch").apply({}, x, train=True, rngs=rngs), axis_name="batch"
+    )
+    parts = apply(x.reshape(4, 2, *x.shape[1:]))
+    np.testing.assert_array_equal(parts.reshape(x.shape), whole)
+
+
+def test_models_are_made_by_name():
+    model = create_model("unet", 3, features=(4, 8))
+    assert isinstance(model, MODELS["unet"])
+    assert (model.num_classes, model.features) == (3, (4, 8))
+    with pytest.raises(KeyError, match="vnet"):
+        create_model("vnet", 3)

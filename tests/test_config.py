@@ -1,0 +1,278 @@
+import ast
+import importlib.util
+import pathlib
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from jaxseg import config as config_lib
+from jaxseg.config import ConfigProblems, base_config, differences, to_json, validate
+
+CONFIG_FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def problems_of(config):
+    with pytest.raises(ConfigProblems) as caught:
+        validate(config)
+    return caught.value.problems
+
+
+def problem_after(**fields):
+    """The one problem of a default config with some fields changed ("__" stands for ".")."""
+    config = base_config()
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        setattr(config[section.replace("__", ".")] if section else config, field, value)
+    (problem,) = problems_of(config)
+    return problem
+
+
+def leaves(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, ConfigDict | dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@pytest.mark.parametrize("model", config_lib.MODEL_DEFAULTS)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_every_default_is_valid(model, rank):
+    config = base_config(model, rank)
+    validate(config)
+    assert len(config.data.patch_size) == rank
+    assert config.augment.flip.axes == tuple(range(rank))
+    assert config.model.name == model
+
+
+def test_every_choice_of_every_field_is_valid():
+    for model in config_lib.MODEL_DEFAULTS:
+        for name, choices in config_lib.CHOICES.items():
+            section, field = name.split(".")
+            for choice in choices:
+                config = base_config(model)
+                config.data.dir = "somewhere"
+                if field in config[section]:
+                    config[section][field] = choice
+                    validate(config)
+
+
+def test_two_configs_share_nothing():
+    changed = base_config()
+    changed.model.dropout = 0.5
+    changed.augment.flip.prob = 0.25
+    assert base_config().model.dropout == 0.0
+    assert base_config().augment.flip.prob == 0.5
+
+
+def test_all_problems_are_reported_at_once():
+    config = base_config()
+    wrong = {
+        "data.kind": "msdd",
+        "data.patch_size": (0, 64),
+        "data.foreground_fraction": 1.5,
+        "data.class_names": ("background",),
+        "split.subject_regex": "subject",
+        "split.test_regex": "(",
+        "split.val_fraction": 0.6,
+        "split.test_fraction": 0.4,
+        "split.num_folds": 1,
+        "preprocess.spacing_mm": (1.0, -1.0),
+        "preprocess.normalisation": "z-score",
+        "augment.rotation.range_deg": (30.0, -30.0),
+        "augment.blur.prob": -0.1,
+        "augment.flip.axes": (0, 2),
+        "augment.noise.range_variance": (-0.1, 0.1),
+        "model.norm": "group",
+        "model.features": (12, 24),
+        "model.dropout": 1.0,
+        "loss.name": "dice",
+        "optim.learning_rate": 0.0,
+        "optim.warmup_steps": 1000,
+        "optim.clip_norm": -1.0,
+        "optim.accumulate_steps": 3,
+        "train.eval_every": 0,
+    }
+    for name, value in wrong.items():
+        section, _, field = name.rpartition(".")
+        config[section][field] = value
+    with pytest.raises(ConfigProblems) as caught:
+        validate(config)
+    message = str(caught.value)
+    # val_fraction and test_fraction, norm and features share a problem; spacing_mm has two.
+    assert len(caught.value.problems) == len(wrong) - 1
+    assert message.startswith(f"the config has {len(wrong) - 1} problem(s):\n  - ")
+    assert "features divisible by 8, not (12, 24)" in message
+    for name in wrong.keys() - {"model.features"}:
+        assert name in message, name
+    assert message.count("\n") == len(wrong) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("loss__name", "soft_dise", "soft_dice"),
+        ("optim__name", "adam", "adamw"),
+        ("model__norm", "instnce", "instance"),
+        ("optim__schedule", "cosin", "cosine"),
+        ("model__name", "u-net", "unet"),
+    ],
+)
+def test_a_wrong_value_names_the_nearest_valid_one(name, value, nearest):
+    problem = problem_after(**{name: value})
+    assert repr(value) in problem
+    assert problem.endswith(f"did you mean {nearest!r}?")
+
+
+def test_a_value_near_nothing_lists_the_choices():
+    problem = problem_after(loss__name="xyz")
+    assert "did you mean" not in problem
+    for choice in config_lib.CHOICES["loss.name"]:
+        assert repr(choice) in problem
+
+
+@pytest.mark.parametrize("num_folds, fold", [(0, 1), (5, 5), (5, -1)])
+def test_a_missing_fold_is_a_problem(num_folds, fold):
+    problem = problem_after(split__num_folds=num_folds, split__fold=fold)
+    assert f"split.fold {fold} is missing" in problem
+    assert f"{num_folds} folds" in problem
+
+
+def test_the_fold_of_a_split_file_is_left_to_the_file():
+    config = base_config()
+    config.split.file = "splits_final.json"
+    config.split.fold = 4
+    validate(config)
+
+
+def test_fields_of_another_model_are_a_problem():
+    config = base_config("unet")
+    config.model.name = "fcn"
+    assert any("base_config('fcn')" in problem for problem in problems_of(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 2**31}, "seed 2147483648"),
+        ({"model__features": ()}, "model.features"),
+        ({"model__features": (8, 16.5)}, "model.features must hold whole numbers"),
+        ({"model__features": (8, "16")}, "model.features must be positive"),
+        ({"data__patch_size": (64.0, 64)}, "data.patch_size must hold whole numbers"),
+        ({"data__patch_size": (64,) * 4}, "2 (slices) or 3 (volumes) entries, not 4"),
+        ({"augment__scaling__range": (0.0, 1.0)}, "augment.scaling.range must be positive"),
+        ({"augment__scaling__range": ()}, "augment.scaling.range must be (lowest, highest)"),
+        ({"augment__gamma__range": (0.0, 1.0)}, "augment.gamma.range must be positive"),
+        ({"augment__blur__range_sigma_voxels": (0.0, 1.0)}, "range_sigma_voxels must be positive"),
+        ({"augment__low_resolution__range_zoom": (0.0, 1.0)}, "range_zoom must be positive"),
+        ({"augment__elastic__spacing_voxels": 0}, "spacing_voxels must be positive"),
+        ({"optim__momentum": 1.0}, "optim.momentum must be below 1"),
+        ({"optim__momentum": -0.1}, "optim.momentum must lie in [0, 1]"),
+        ({"split__subject_regex": "[0-9]+"}, "needs a group"),
+        ({"data__label_values": (0, 1, 2)}, "data.label_values has 3 entries"),
+        ({"data__kind": "images"}, "--config.data.dir=DIR"),
+        ({"data__kind": "images", "data__dir": "d", "data__label_pattern": "m.png"}, "{case}"),
+    ],
+)
+def test_each_problem_is_named(fields, words):
+    assert words in problem_after(**fields)
+
+
+def test_images_are_not_volumes():
+    config = base_config(rank=3)
+    config.data.kind, config.data.dir = "images", "somewhere"
+    (problem,) = problems_of(config)
+    assert "data.patch_size must have 2 entries" in problem
+
+
+def test_an_fcn_has_five_stages():
+    config = base_config("fcn")
+    config.model.features = (8, 16)
+    (problem,) = problems_of(config)
+    assert "5 entries" in problem and "not 2" in problem
+
+
+def test_base_config_is_locked():
+    config = base_config()
+    with pytest.raises(AttributeError, match='Did you mean "learning_rate"'):
+        config.optim.learning_rat = 1.0
+    with pytest.raises(AttributeError):
+        config.augment.mirror = {}
+    with pytest.raises(TypeError):
+        config.train.num_steps = "many"
+
+
+def test_model_options_are_the_model_without_its_name():
+    options = config_lib.model_options(base_config("unet"))
+    assert options.pop("features") == (32, 64, 128, 256)
+    assert set(options) == set(config_lib.MODEL_DEFAULTS["unet"]) - {"name", "features"}
+
+
+def other_value(name, value):
+    if isinstance(value, bool | int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    return (*value, 7)
+
+
+def test_differences_lists_exactly_the_changed_fields_that_are_not_free():
+    saved = to_json(base_config())
+    assert differences(saved, to_json(base_config())) == []
+    for name, value in leaves(base_config()):
+        config = base_config()
+        section, _, field = name.rpartition(".")
+        setattr(config[section] if section else config, field, other_value(name, value))
+        lines = differences(saved, to_json(config))
+        if name in config_lib.FREE_WHEN_RESUMING:
+            assert lines == []
+        else:
+            (line,) = lines
+            assert line.startswith(f"{name}: ") and " -> " in line
+
+
+def test_differences_gives_both_values_and_names_absent_fields():
+    config = base_config("unet")
+    config.optim.learning_rate = 0.5
+    config.data.patch_size = (64, 96)
+    config.workdir = "elsewhere"
+    assert differences(to_json(base_config()), to_json(config)) == [
+        "data.patch_size: [128, 128] -> [64, 96]",
+        "optim.learning_rate: 0.002 -> 0.5",
+    ]
+    lines = differences(to_json(base_config("unet")), to_json(base_config("fcn")))
+    assert "model.up: 'conv' -> '(absent)'" in lines
+    assert "model.head: '(absent)' -> '8s'" in lines
+
+
+def test_free_fields_exist():
+    assert set(config_lib.FREE_WHEN_RESUMING) <= dict(leaves(base_config())).keys()
+
+
+def test_there_are_config_files():
+    names = {path.stem for path in CONFIG_FILES}
+    assert names >= {"unet", "fcn", "hippocampus", "vessels", "nuclei"}
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_carries_its_command(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    commands = re.findall(r"^python -m jaxseg\.main (.*)$", module.__doc__, re.MULTILINE)
+    assert commands
+    assert not path.read_text().splitlines()[0].rstrip().endswith('"""'), "docstring has no command"
+    for command in commands:
+        config = module.get_config()
+        first, *overrides = command.split()
+        assert first == f"--config=configs/{path.name}"
+        for override in overrides:
+            name, value = re.fullmatch(r"--config\.([\w.]+)=(.*)", override).groups()
+            fields = dict(leaves(config))
+            value = value if isinstance(fields[name], str) else ast.literal_eval(value)
+            section, _, field = name.rpartition(".")
+            setattr(config[section] if section else config, field, value)
+        validate(config)
+        assert config.is_locked
