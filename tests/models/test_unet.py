@@ -130,7 +130,7 @@ def test_shifting_the_image_by_the_stride_shifts_the_logits(down, up):
     assert error((2, 0)) > 1e-3  # half a stride does move the result
 
 
-def test_every_parameter_has_a_gradient():
+def test_every_weight_has_a_gradient():
     model = UNet(2, features=(4, 8), num_convs=1)
     image = random_image(2, 9, 7, 1)
     params = random_variables(model, image)["params"]
@@ -138,7 +138,7 @@ def test_every_parameter_has_a_gradient():
     grads = jax.jit(
         jax.grad(lambda params: jnp.sum(weight * model.apply({"params": params}, image)))
     )(params)
-    without = [jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(grads) if not g.any()]
+    without = [jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(grads) if not g.all()]
     assert not without
 
 
