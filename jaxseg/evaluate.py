@@ -133,5 +133,7 @@ def _panel(result):
         image, label, prediction = (np.rot90(a, axes=(0, 1)) for a in (image, label, prediction))
     z = int(np.argmax((label > 0).sum((0, 1))))
     dice = metrics.mean_foreground(result.scores["dice"])
-    title = f"{result.case.case_id}: mean Dice {dice:.3f}"
+    case_id = result.case.case_id
+    shown_id = case_id if len(case_id) <= 24 else f"{case_id[:23]}…"
+    title = f"{shown_id}: Dice {dice:.3f}"
     return title, image[:, :, z], label[:, :, z], prediction[:, :, z], aspect

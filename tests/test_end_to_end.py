@@ -14,11 +14,11 @@ from jaxseg import writers
 
 TINY = (
     "--config.data.patch_size=(16,16)",
-    "--config.model.features=(4,8)",
-    "--config.train.num_steps=80",
+    "--config.model.features=(8,16)",
+    "--config.train.num_steps=160",
     "--config.train.batch_size=4",
-    "--config.train.log_every=20",
-    "--config.train.eval_every=40",
+    "--config.train.log_every=40",
+    "--config.train.eval_every=80",
     "--config.optim.warmup_steps=0",
     "--config.optim.learning_rate=0.02",
 )
@@ -60,7 +60,7 @@ def test_volumes_in_trained_network_and_scores_out(tmp_path, make_msd_folder):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(split["test"])
     losses = [row["loss"] for row in writers.read_metrics(run) if "loss" in row]
-    assert len(losses) == 4 and losses[-1] < losses[0]  # at steps 20, 40, 60, 80
+    assert len(losses) == 4 and losses[-1] < losses[0]  # at steps 40, 80, 120, 160
     for picture in ("curves.png", "test.png"):
         with Image.open(run / picture) as image:
             assert np.asarray(image).std() > 0
@@ -87,7 +87,7 @@ def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
         "--config.model.features=(4,8,8,8,8)",
         "--config.train.num_steps=40",
         "--config.train.batch_size=4",
-        "--config.train.eval_every=40",
+        "--config.train.eval_every=80",
         "--config.optim.warmup_steps=0",
         "--config.optim.learning_rate=0.02",
         config="configs/fcn.py",

@@ -6,6 +6,7 @@ import json
 import numpy as np
 
 from jaxseg import geometry
+from jaxseg.data.cases import DatasetProblems
 from jaxseg.data.volumes import read_image, read_label
 
 # Enough voxels per case for stable percentiles, few enough to keep those of every case in memory.
@@ -55,6 +56,8 @@ def make_plan(
       spacing_mm: target spacing, or () for the median of `cases`.
       normalisation: "ct", "zscore", or "auto": "ct" where the modality is CT.
       image_order, label_order: as in `Plan`.
+    Raises:
+      DatasetProblems: CT normalisation, and no foreground in any training label.
     """
     spacings, foregrounds = [], []
     for case in cases:
@@ -69,6 +72,13 @@ def make_plan(
             label, _ = geometry.to_canonical(label, label_affine)
             voxels = image[label > 0]
             foregrounds.append(voxels[:: 1 + len(voxels) // VOXELS_PER_CASE])
+    if "ct" in kinds and not any(map(len, foregrounds)):
+        raise DatasetProblems(
+            [
+                "no training case has a labelled foreground voxel, from which CT intensities are "
+                "normalised; check the labels, or set --config.preprocess.normalisation=zscore"
+            ]
+        )
     return Plan(
         spacing_mm=tuple(spacing_mm) or tuple(map(float, np.median(spacings, axis=0))),
         normalisation=kinds,

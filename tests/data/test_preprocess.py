@@ -7,7 +7,7 @@ from PIL import Image
 
 from jaxseg import geometry
 from jaxseg.data import preprocess
-from jaxseg.data.cases import Case
+from jaxseg.data.cases import Case, DatasetProblems
 from jaxseg.data.preprocess import Plan, make_plan, preprocess_image, preprocess_label
 
 # Clips nothing in sight, subtracts 0 and divides by 1.
@@ -166,6 +166,14 @@ def test_ct_statistics_by_hand(tmp_path):
     image = np.array([-500.0, 10, 15, 20, 1000], np.float32).reshape(5, 1, 1, 1)
     prepared, _ = preprocess_image(image, np.eye(4), plan)
     np.testing.assert_allclose(prepared.ravel(), [-1, -1, -0.5, 0, 1], atol=1e-6)
+
+
+def test_ct_without_any_foreground_is_one_clear_problem(tmp_path):
+    image = np.arange(64.0).reshape(4, 4, 4)
+    case = save_case(tmp_path, "empty", image, np.zeros((4, 4, 4)), np.eye(4))
+    with pytest.raises(DatasetProblems, match="no training case has a labelled foreground voxel"):
+        plan_of([case])
+    assert plan_of([case], normalisation="zscore").normalisation == ("zscore",)
 
 
 def test_ct_statistics_are_those_of_the_clipped_foreground(tmp_path):
