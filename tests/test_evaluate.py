@@ -210,7 +210,7 @@ def test_a_panel_shows_the_slice_with_most_foreground_upright(monkeypatch, tmp_p
     ((title, image, reference, prediction, aspect),) = panels_of(
         monkeypatch, tmp_path, results, dataset
     )
-    assert title == "case_00: mean Dice 1.000"
+    assert title == "case_00: Dice 1.000"
     assert image.shape == reference.shape == prediction.shape == (18, 20)  # y downwards, x right
     assert aspect == 1.0
     assert (reference == 1).all()  # z = 3
