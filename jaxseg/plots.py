@@ -11,6 +11,7 @@ from jaxseg.writers import replacing
 
 # Wong 2011: colours that readers with colour-vision deficiency can tell apart.
 CLASS_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+OVERLAY_ALPHA = 0.7
 
 
 def save_learning_curves(path, rows):
@@ -73,7 +74,7 @@ def _rescaled(image):
 def _coloured(label):
     colours = [(0, 0, 0, 0)]
     colours += [
-        matplotlib.colors.to_rgba(CLASS_COLOURS[i % len(CLASS_COLOURS)], 0.7)
+        matplotlib.colors.to_rgba(CLASS_COLOURS[i % len(CLASS_COLOURS)], OVERLAY_ALPHA)
         for i in range(label.max())
     ]
     return np.asarray(colours)[label]

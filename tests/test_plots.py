@@ -19,7 +19,7 @@ def blended(index, background=0):
     """Colour of a class over a grey of that value."""
     code = plots.CLASS_COLOURS[index - 1]
     colour = np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)])
-    return 0.55 * colour + 0.45 * background
+    return plots.OVERLAY_ALPHA * colour + (1 - plots.OVERLAY_ALPHA) * background
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_more_classes_than_colours_are_overlaid(figures):
     overlay = plots._coloured(label)
     assert overlay.shape == (3, 4, 4)
     assert (overlay[0, 0] == 0).all()
-    assert (overlay.reshape(12, 4)[1:, 3] == 0.55).all()
+    assert (overlay.reshape(12, 4)[1:, 3] == plots.OVERLAY_ALPHA).all()
     np.testing.assert_array_equal(overlay.reshape(12, 4)[8], overlay.reshape(12, 4)[1])
 
 
