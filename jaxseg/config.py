@@ -308,6 +308,12 @@ def _data_problems(config):
         problems.append("data.kind is 'images': data.patch_size must have 2 entries")
     if data.kind == "images" and "{case}" not in data.label_pattern:
         problems.append(f"data.label_pattern {data.label_pattern!r} must contain {{case}}")
+    if not all(isinstance(name, str) for name in data.class_names):
+        problems.append(f"data.class_names must be text, not {data.class_names!r}")
+    if not all(isinstance(v, int) and v >= 0 for v in data.label_values):
+        problems.append(f"data.label_values must be whole and not negative: {data.label_values!r}")
+    if not data.image_glob or data.image_glob.startswith("/"):
+        problems.append(f"data.image_glob {data.image_glob!r} must be relative to data.dir")
     if len(data.class_names) < 2:
         problems.append("data.class_names needs the background and at least one class")
     if data.label_values and len(data.label_values) != len(data.class_names):
@@ -315,6 +321,8 @@ def _data_problems(config):
             f"data.label_values has {len(data.label_values)} entries, "
             f"data.class_names {len(data.class_names)}: they must agree"
         )
+    if split.file and (split.num_folds or split.test_regex):
+        problems.append("split.file already says who is where: unset num_folds and test_regex")
     if split.num_folds == 1 or split.num_folds < 0:
         problems.append("split.num_folds must be 0 (no cross-validation) or at least 2")
     elif not split.file and split.fold not in range(max(split.num_folds, 1)):

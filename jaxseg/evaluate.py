@@ -55,9 +55,9 @@ def evaluate_cases(predict_fn, store, cases, *, label_values, num_classes, **til
         yield CaseResult(case, label, prediction, affine, metrics.scores_from_counts(counts))
 
 
-def mean_dice(results):
+def mean_dice(scores_by_case):
     """Mean over cases of each case's mean foreground Dice; NaN if no case has one."""
-    by_case = np.array([metrics.mean_foreground(result.scores["dice"]) for result in results])
+    by_case = np.array([metrics.mean_foreground(scores["dice"]) for scores in scores_by_case])
     counted = by_case[~np.isnan(by_case)]
     return float(counted.mean()) if counted.size else float("nan")
 
@@ -69,14 +69,15 @@ def save_evaluation(folder, name, results, *, class_names, label_values, about):
       folder: existing folder; gets `NAME.json`, `NAME.csv`, `NAME.png` and `NAME/` with one
         prediction file per case, in the format, grid and header of the case's image.
       name: of the evaluated set.
-      results: list of CaseResult.
+      results: iterable of CaseResult; each is written before the next is asked for.
       class_names, label_values: as in the dataset.
       about: JSON-ready dict that says which model was evaluated on what.
     Returns:
-      The scores as a table for the terminal.
+      (table, mean): the scores as a table for the terminal, and `mean_dice`.
     """
     predictions = os.path.join(folder, name)
     os.makedirs(predictions, exist_ok=True)
+    scores_of, panels = {}, []
     for result in results:
         suffix = ".nii.gz" if is_nifti(result.case.image_path) else ".png"
         write_label(
@@ -86,27 +87,30 @@ def save_evaluation(folder, name, results, *, class_names, label_values, about):
             label_values,
             like=result.case.image_path,
         )
-    summary = metrics.summarise([result.scores for result in results])
+        scores_of[result.case.case_id] = result.scores
+        if len(panels) < CASES_ON_SHEET:
+            panels.append(_panel(result))
+    summary = metrics.summarise(list(scores_of.values()))
+    mean = mean_dice(scores_of.values())
     content = {
         "about": about,
         "rule": "a class absent from reference and prediction does not count (null)",
         "class_names": list(class_names),
-        "mean_dice": mean_dice(results),
+        "mean_dice": mean,
         "summary": summary,
-        "cases": {result.case.case_id: result.scores for result in results},
+        "cases": scores_of,
     }
     text = json.dumps(writers.json_ready(content), indent=1)
     writers.write_text(os.path.join(folder, f"{name}.json"), text)
     rows = [
-        {"case": r.case.case_id, "class": class_name} | {s: r.scores[s][index] for s in SCORES}
-        for r in results
+        {"case": case_id, "class": class_name} | {s: scores[s][index] for s in SCORES}
+        for case_id, scores in scores_of.items()
         for index, class_name in enumerate(class_names)
         if index > 0
     ]
     writers.write_csv(os.path.join(folder, f"{name}.csv"), rows)
-    panels = [_panel(result) for result in results[:CASES_ON_SHEET]]
     plots.save_contact_sheet(os.path.join(folder, f"{name}.png"), panels, class_names)
-    return format_table(summary, class_names)
+    return format_table(summary, class_names), mean
 
 
 def format_table(summary, class_names):

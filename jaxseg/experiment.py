@@ -7,6 +7,7 @@ import os
 from jaxseg import config as config_lib
 from jaxseg import losses, optim
 from jaxseg.data import builder, cases, demo, splits
+from jaxseg.data.verify import verify
 from jaxseg.models import create_model
 
 
@@ -57,7 +58,10 @@ def load_data(config, log):
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
     cache_dir = os.path.expanduser(config.data.cache_dir)
-    dataset = find_dataset(config, cache_dir, log)
+    try:
+        dataset = find_dataset(config, cache_dir, log)
+    except cases.DatasetProblems as problems:
+        raise _with_content_problems(problems, log) from None
     split = make_split(config, dataset)
     store, plan, fingerprint = builder.prepare(
         dataset,
@@ -67,6 +71,17 @@ def load_data(config, log):
         **config.preprocess.to_dict(),
     )
     return Data(dataset, split, store, plan, fingerprint)
+
+
+def _with_content_problems(missing, log):
+    """Adds what is wrong inside the files that are there, so that all is reported at once."""
+    if missing.found is None:
+        return missing
+    try:
+        verify(missing.found, progress=functools.partial(log.progress, title="verifying"))
+    except cases.DatasetProblems as wrong:
+        return cases.DatasetProblems(missing.problems + wrong.problems)
+    return missing
 
 
 def find_dataset(config, cache_dir, log):
@@ -103,10 +118,9 @@ def make_split(config, dataset):
     return splits.split_by_subject(case_ids, seed=config.seed, subject_of=subject_of, **options)
 
 
-def create_model_for(config, num_classes, axis_name=None):
+def create_model_for(config, num_classes):
     """The network that `config.model` describes."""
-    options = config_lib.model_options(config)
-    return create_model(config.model.name, num_classes, axis_name=axis_name, **options)
+    return create_model(config.model.name, num_classes, **config_lib.model_options(config))
 
 
 def loss_fn_for(config):

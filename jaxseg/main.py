@@ -4,6 +4,7 @@ Any field can be set on the command line: `--config.optim.learning_rate=1e-3`.
 """
 
 import os
+import re
 import sys
 
 # Read when TensorFlow is loaded. oneDNN would make its sums depend on the number of threads; the
@@ -45,11 +46,33 @@ def main(argv):
 
 
 def _parse_flags(argv):
+    """Parses the command line; lists every setting that can not be used, not just the first."""
+    rest = []
+    problem = _problem_of(lambda: rest.extend(flags.FLAGS(argv)))
+    if problem is None:
+        return rest
+    config = [argument for argument in argv if argument.startswith("--config=")]
+    settings = [argument for argument in argv if argument.startswith("--config.")]
+    found = {s: _problem_of(lambda s=s: _parse_alone([argv[0], *config, s])) for s in settings}
+    lines = [f"{setting}: {text}" for setting, text in found.items() if text]
+    _exit("\n".join(lines or [problem]))
+
+
+def _parse_alone(argv):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    values(argv)
+
+
+def _problem_of(parse):
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
-        # A misspelt field arrives as an AttributeError that names the nearest one.
-        _exit(str(error).strip("\"'").replace("\\n", "\n"))
+        parse()
+    except (AttributeError, KeyError) as error:  # how ml_collections reports a misspelt field
+        nearest = re.search(r'mean "(\w+)"', str(error))
+        return "no such field" + (f'; did you mean "{nearest[1]}"?' if nearest else "")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _exit(message, status=2):

@@ -170,7 +170,7 @@ def _train(config, workdir, manager, first_step, log):
     )
     with stop_signals() as stop:
         state = fit(run, state, first_step, parallel.replicate(step_key), stop)
-    if stop.signal:
+    if state.step < config.train.num_steps:
         return stop.signal
     finish(run, state)
     return None
@@ -233,9 +233,9 @@ def fit(run, state, first_step, key, stop):
         pending.append(metrics)
         progress.advance()
 
-        last = step == num_steps or stop.signal
-        evaluate_now = step == num_steps or (step % config.train.eval_every == 0 and not last)
-        save_now = last or evaluate_now or step % config.train.checkpoint_every == 0
+        stopping = stop.signal  # read once: it may be set at any moment
+        evaluate_now = step == num_steps or step % config.train.eval_every == 0
+        save_now = stopping or evaluate_now or step % config.train.checkpoint_every == 0
         if save_now or step % config.train.log_every == 0:
             means = mean_metrics(pending, step)
             pending = []
@@ -248,8 +248,8 @@ def fit(run, state, first_step, key, stop):
         if save_now:
             save(run, step, state, scores if evaluate_now else None)
             progress.restart_clock(step)
-        if stop.signal:
-            name = signal.Signals(stop.signal).name
+        if stopping:
+            name = signal.Signals(stopping).name
             log.text(f"{name}: saved at step {step}; run the same command to go on")
             break
     progress.close()
@@ -263,13 +263,14 @@ def mean_metrics(pending, last_step):
       pending: one dict of scalars per step; the last is of `last_step`.
       last_step: number of the last step.
     Raises:
-      RunProblem: the loss of a step was not finite.
+      RunProblem: the loss or the gradient of a step was not finite.
     """
     values = jax.device_get(pending)
     for step, row in enumerate(values, start=last_step - len(values) + 1):
-        if not math.isfinite(row["loss"]):
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise RunProblem(
-                f"the loss of step {step} is {row['loss']}: the last checkpoint before it is kept. "
+                f"the loss of step {step} is {row['loss']}, its gradient's norm "
+                f"{row['grad_norm']}: the last checkpoint before it is kept. "
                 "Lower --config.optim.learning_rate, or set --config.optim.clip_norm, in a new "
                 "--config.workdir"
             )
@@ -286,12 +287,10 @@ def validate(run, state):
         sums.append(batch_sums)
         return parallel.unshard(probs)
 
-    results = list(predicted(run, predict_fn, "val"))
+    val_dice = evaluate.mean_dice(result.scores for result in predicted(run, predict_fn, "val"))
     sums = jax.device_get(sums)
-    return {
-        "val_loss": float(sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)),
-        "val_dice": evaluate.mean_dice(results),
-    }
+    val_loss = float(sum(s["loss"] for s in sums) / sum(s["count"] for s in sums))
+    return {"val_loss": val_loss, "val_dice": val_dice}
 
 
 def predicted(run, predict_fn, set_name):
@@ -335,16 +334,15 @@ def finish(run, state):
     def predict_fn(batch):
         return parallel.unshard(run.eval_step(state, parallel.shard(batch))[0])
 
-    results = list(predicted(run, predict_fn, set_name))
-    table = evaluate.save_evaluation(
+    table, mean_dice = evaluate.save_evaluation(
         run.workdir,
         set_name,
-        results,
+        predicted(run, predict_fn, set_name),
         class_names=run.data.dataset.class_names,
         label_values=run.data.dataset.label_values,
         about={"set": set_name, "step": step, "data": run.data.fingerprint},
     )
     rows = writers.read_metrics(run.workdir)
     plots.save_learning_curves(os.path.join(run.workdir, "curves.png"), rows)
-    run.log.text(f"\n{len(results)} whole {set_name} cases, checkpoint of step {step}\n{table}")
-    run.log.text(f"mean {set_name} Dice {evaluate.mean_dice(results):.4f}")
+    run.log.text(f"\nwhole {set_name} cases, checkpoint of step {step}\n{table}")
+    run.log.text(f"mean {set_name} Dice {mean_dice:.4f}")

@@ -126,9 +126,9 @@ def write_text(path, text):
 
 
 def read_metrics(workdir):
-    """Returns the rows of a run's metrics file as dicts."""
+    """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut."""
     with open(os.path.join(workdir, METRICS_NAME), encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def json_ready(value):

@@ -276,3 +276,11 @@ def test_every_config_file_is_valid_and_carries_its_command(path):
             setattr(config[section] if section else config, field, value)
         validate(config)
         assert config.is_locked
+
+
+def test_a_split_file_excludes_other_ways_to_split():
+    config = base_config()
+    config.split.file = "split.json"
+    config.split.num_folds = 5
+    with pytest.raises(ConfigProblems, match=r"split\.file already says who is where"):
+        validate(config)

@@ -123,7 +123,7 @@ def test_the_reference_is_the_file_not_the_prepared_label(tmp_path, dataset):
 
 def test_saved_files_say_what_was_found(tmp_path, dataset):
     results = evaluated(dataset, tmp_path / "cache", predict_reference, spacing_mm=(1.3, 1.2, 2.0))
-    table = save(tmp_path, results, dataset)
+    table, _ = save(tmp_path, results, dataset)
 
     content = load_json(tmp_path / "test.json")
     assert content["about"] == {"set": "test", "step": 7}
@@ -271,8 +271,9 @@ def test_pictures_are_evaluated_as_they_are(monkeypatch, tmp_path, size):
 
 def test_mean_dice_leaves_out_what_is_undefined():
     results = [result_with([1, 0.5, 1.0]), result_with([1, NAN, 0.25]), result_with([1, NAN, NAN])]
-    assert evaluate.mean_dice(results) == pytest.approx((0.75 + 0.25) / 2)
-    assert np.isnan(evaluate.mean_dice(results[2:]))
+    scores = [result.scores for result in results]
+    assert evaluate.mean_dice(scores) == pytest.approx((0.75 + 0.25) / 2)
+    assert np.isnan(evaluate.mean_dice(scores[2:]))
 
 
 def test_an_evaluation_without_any_defined_score_is_saved(tmp_path, dataset):
@@ -280,7 +281,8 @@ def test_an_evaluation_without_any_defined_score_is_saved(tmp_path, dataset):
     counts = metrics.confusion_counts(label, label, 3)
     scores = metrics.scores_from_counts(counts)
     result = evaluate.CaseResult(dataset.cases[0], label, label, np.diag([1, 1, 2.0, 1]), scores)
-    table = save(tmp_path, [result], dataset)
+    table, mean = save(tmp_path, [result], dataset)
+    assert np.isnan(mean)
     content = load_json(tmp_path / "test.json")
     assert content["mean_dice"] is None
     assert content["cases"]["case_00"]["dice"] == [1.0, None, None]

@@ -153,6 +153,40 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, monkey
     manager.close()
 
 
+def test_a_signal_while_waiting_for_the_device_is_not_taken_for_saved(config, monkeypatch):
+    original = train.mean_metrics
+
+    def interrupted(pending, last_step):
+        if last_step == 3:  # a step that reports but does not save
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(pending, last_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "mean_metrics", interrupted)
+        assert train.train(config) == signal.SIGTERM
+    manager = checkpoint.open_checkpoints(f"{config.workdir}/checkpoints", keep=2)
+    assert manager.latest_step() == 4
+    manager.close()
+    log = pathlib.Path(config.workdir, "train.log").read_text()
+    assert "saved at step 4" in log and "saved at step 3" not in log
+
+
+def test_non_finite_gradient_of_a_finite_loss_stops_too():
+    rows = [{"loss": 1.0, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": float("nan")}]
+    with pytest.raises(train.RunProblem, match=r"of step 7 is .* norm nan"):
+        train.mean_metrics(rows, 7)
+
+
+def test_a_metrics_line_that_a_crash_cut_does_not_stop_resuming(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, signal.SIGTERM, batches=4)
+        train.train(config)
+    with open(f"{config.workdir}/metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    assert train.train(config) is None
+    assert writers.read_metrics(config.workdir)[-1]["step"] == NUM_STEPS
+
+
 def test_a_batch_that_devices_can_not_share_is_refused(config):
     config.optim.accumulate_steps = 3
     with pytest.raises(train.RunProblem, match="multiple of 3"):

@@ -40,11 +40,15 @@ class Dataset:
 
 
 class DatasetProblems(Exception):
-    """Everything that is wrong with a dataset; `problems` has one sentence for each."""
+    """Everything that is wrong with a dataset; `problems` has one sentence for each.
 
-    def __init__(self, problems):
+    `found` is the Dataset of the cases that are all there, None where nothing could be made of it.
+    """
+
+    def __init__(self, problems, found=None):
         super().__init__(problems)
         self.problems = list(problems)
+        self.found = found
 
     def __str__(self):
         noun = "problem" if len(self.problems) == 1 else "problems"
@@ -95,14 +99,15 @@ def find_msd_cases(root):
     if content is not None:
         problems += _unlisted_file_problems(path, [image for image, _ in entries])
     problems += _duplicate_id_problems([(_case_id(image), image) for image, _ in entries])
-    if problems:
-        raise DatasetProblems(problems)
-    return Dataset(
-        root=str(root),
-        cases=tuple(sorted(cases, key=lambda case: case.case_id)),
-        class_names=tuple(label_names.values()),
-        label_values=tuple(label_names),
-        modalities=tuple(modalities.values()),
+    return _whole_or_problems(
+        Dataset(
+            root=str(root),
+            cases=tuple(sorted(cases, key=lambda case: case.case_id)),
+            class_names=tuple(label_names.values()),
+            label_values=tuple(label_names),
+            modalities=tuple(modalities.values()),
+        ),
+        problems,
     )
 
 
@@ -147,16 +152,27 @@ def find_image_cases(root, image_glob, label_pattern, class_names, label_values)
                 f"{path}: its label {label_of[path]} is missing; add it, or narrow {image_glob!r}"
             )
     problems += _duplicate_id_problems([(_case_id(path), path) for path in images])
-    if problems:
-        raise DatasetProblems(problems)
     cases = [Case(_case_id(path), str(path), str(label_of[path])) for path in images]
-    return Dataset(
-        root=str(root),
-        cases=tuple(sorted(cases, key=lambda case: case.case_id)),
-        class_names=tuple(class_names),
-        label_values=None if label_values is None else tuple(label_values),
-        modalities=(),
+    return _whole_or_problems(
+        Dataset(
+            root=str(root),
+            cases=tuple(sorted(cases, key=lambda case: case.case_id)),
+            class_names=tuple(class_names),
+            label_values=None if label_values is None else tuple(label_values),
+            modalities=(),
+        ),
+        problems,
     )
+
+
+def _whole_or_problems(dataset, problems):
+    if not problems:
+        return dataset
+    there = [
+        c for c in dataset.cases if os.path.isfile(c.image_path) and os.path.isfile(c.label_path)
+    ]
+    found = dataclasses.replace(dataset, cases=tuple(there)) if dataset.class_names else None
+    raise DatasetProblems(problems, found)
 
 
 def _case_id(path):

@@ -158,5 +158,8 @@ def _normalise(channel, kind, statistics):
     if kind == "zscore":
         # A few extreme voxels (vessels, artefacts) must not set the scale of the whole volume.
         statistics = _clipped_statistics(channel)
+        if statistics[0] == statistics[1]:  # almost all background: the few others are the image
+            channel_64 = channel.astype(np.float64)
+            statistics = channel.min(), channel.max(), channel_64.mean(), channel_64.std() or 1.0
     low, high, mean, std = statistics
     return ((np.clip(channel, low, high) - mean) / std).astype(np.float32)

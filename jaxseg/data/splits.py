@@ -2,10 +2,11 @@
 
 import collections
 import json
-import os
 import re
 
 import numpy as np
+
+from jaxseg import writers
 
 SETS = ("train", "val", "test")
 
@@ -43,6 +44,11 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
                 "mend --config.split.fold"
             )
         content = content[fold]
+    elif fold:
+        raise SplitProblem(
+            f"{path}: fold {fold} is missing, the file holds a single split; set "
+            "--config.split.fold=0, or write a list of splits"
+        )
     if not isinstance(content, dict) or not content.get("train"):
         raise SplitProblem(f'{path}: has no list "train"; write {{"train": [...], "val": [...]}}')
     for name in SETS:
@@ -118,10 +124,7 @@ def subject_from_regex(regex):
 
 def save_split(path, split):
     """Writes a split as JSON that `split_from_file` reads, whole or not at all."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(split, file, indent=1)
-    os.replace(temporary, path)
+    writers.write_text(path, json.dumps(split, indent=1))
 
 
 def _checked(split, case_ids, subject_of, source):

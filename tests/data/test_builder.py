@@ -316,3 +316,11 @@ def test_store_reads_again_when_memory_is_short(tmp_path, dataset, monkeypatch):
         assert_same_case(store[case_id], roomy[case_id])
     assert store["case_00"] is not store._read(0)
     assert roomy["case_00"] is roomy["case_00"]
+
+
+def test_a_cache_that_lost_its_cases_is_prepared_again(tmp_path, dataset):
+    prepare(dataset, tmp_path)
+    [plan_path] = tmp_path.rglob("plan.json")
+    shutil.rmtree(plan_path.parent / "case_builder")
+    store, _, _ = prepare(dataset, tmp_path)
+    assert store["case_02"].case_id == "case_02"

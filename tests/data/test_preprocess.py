@@ -306,3 +306,14 @@ def test_order_of_resampling_is_the_plans():
         prepared = preprocess_label(label, np.eye(4), plan, 2)
         assert prepared.shape == (second, 1, 1)
         assert prepared.any()
+
+
+def test_a_few_bright_voxels_on_an_even_background_survive_normalisation():
+    image = np.zeros((10, 10, 10, 1), np.float32)
+    image[5, 5, 5] = 7
+    prepared, _ = preprocess_image(
+        image, np.eye(4), make_plan_of((1.0, 1.0, 1.0), ("zscore",), ((),))
+    )
+    np.testing.assert_allclose(
+        prepared[..., 0], (image[..., 0] - image.mean()) / image.std(dtype=np.float64), rtol=1e-5
+    )

@@ -194,3 +194,10 @@ def test_real_split_keeps_persons_together(shared_data):
     split = split_from_file(folder / "subject_split.json", case_ids, subject_of=person)
     assert_partition(split, case_ids)
     assert len(split["train"]) > len(split["val"]) > 0
+
+
+def test_a_fold_of_a_file_with_one_split_is_missing(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text('{"train": ["a"], "val": ["b"]}')
+    with pytest.raises(SplitProblem, match="fold 1 is missing, the file holds a single split"):
+        splits.split_from_file(path, ["a", "b"], fold=1)
