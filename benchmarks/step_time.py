@@ -5,7 +5,6 @@ python benchmarks/step_time.py --config=configs/unet.py
 The data is noise: only shapes matter. Prints compile time apart from the steps after it.
 """
 
-import functools
 import time
 
 import jax
@@ -14,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from report import print_report
 
-from jaxseg import experiment, parallel, steps
+from jaxseg import experiment, parallel
 from jaxseg.models.summary import count_flops
 from jaxseg.train_state import create_train_state
 
@@ -35,20 +34,10 @@ def main(_):
         "label": rng.integers(NUM_CLASSES.value, size=(batch_size, *patch_size)).astype(np.int32),
         "valid": np.ones((batch_size, *patch_size), np.float32),
     }
-    single = experiment.create_model_for(config, NUM_CLASSES.value)
+    model = experiment.create_model_for(config, NUM_CLASSES.value)
     tx = experiment.create_tx(config)
-    state = create_train_state(single, tx, jax.random.key(0), image_shape)
-    options = {
-        "model": single.clone(axis_name=parallel.AXIS_NAME),
-        "loss_fn": experiment.loss_fn_for(config),
-        "axis_name": parallel.AXIS_NAME,
-    }
-    train_step = parallel.pmap_train_step(
-        functools.partial(
-            steps.train_step, tx=tx, accumulate_steps=config.optim.accumulate_steps, **options
-        )
-    )
-    eval_step = parallel.pmap_eval_step(functools.partial(steps.eval_step, **options))
+    state = create_train_state(model, tx, jax.random.key(0), image_shape)
+    train_step, eval_step = experiment.create_steps(config, model, tx)
     key = parallel.replicate(jax.random.key(1))
     state = parallel.replicate(state)
     batch = parallel.shard(batch)
@@ -61,7 +50,7 @@ def main(_):
         return metrics
 
     train_times = seconds_per_call(train_once)
-    flops = 3 * batch_size * count_flops(single, image_shape)
+    flops = 3 * batch_size * count_flops(model, image_shape)
     print_report(
         "step_time",
         {

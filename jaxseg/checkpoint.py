@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -62,6 +63,32 @@ def restore(manager, step, template):
     abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, template)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     return manager.restore(step, args=items).state
+
+
+def load_variables(directory):
+    """Reads the weights of a run of which nothing else is known, on whatever devices it was.
+
+    Args:
+      directory: absolute path of its checkpoints; not written to.
+    Returns:
+      {"params", "batch_stats"}: nested dicts of NumPy arrays, of the step with the best validation
+      Dice, or of the last if none was evaluated.
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_metric)
+    handlers = {name: ocp.JsonCheckpointHandler() for name in ("config", "plan", "data")}
+    handlers["state"] = ocp.PyTreeCheckpointHandler()
+    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        step = manager.best_step()
+        step = manager.latest_step() if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {directory}")
+        saved = manager.item_metadata(step).state
+        tree = {name: saved[name] for name in ("params", "batch_stats")}
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = ocp.args.PyTreeRestore(tree, restore_args=as_arrays, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=state)).state
 
 
 def close_checkpoints(manager):

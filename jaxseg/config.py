@@ -15,23 +15,36 @@ MODEL_DEFAULTS = {
     "unet": {
         "name": "unet",
         "features": (32, 64, 128, 256),  # one entry per resolution, finest first
-        "num_convs": 2,  # convolutions per resolution
+        "encoder": "plain",  # residual; or vgg16, resnet18 ... for published weights
+        "num_convs": (2,),  # per resolution, or one for all; blocks of a residual encoder
+        "decoder_convs": 2,
+        "kernel_sizes": (),  # per resolution a number or one per axis; () means 3
+        "strides": (),  # per step down a number or one per axis; () means 2
         "norm": "instance",
         "activation": "leaky_relu",
         "down": "conv",  # strided convolution or max_pool
         "up": "conv",  # transposed convolution or (linear) resize
+        "padding": "same",  # valid: as published, logits cover the centre of the patch
+        "attention": False,
+        "deep_supervision": False,
         "dropout": 0.0,
+        "freeze_batch_stats": False,
+        "remat": False,  # less memory, more time
         "dtype": "float32",  # of the computation; parameters and loss stay float32
     },
     "fcn": {
         "name": "fcn",
+        "encoder": "plain",  # or vgg16, as published; then features is ()
         "features": (16, 32, 64, 128, 256),  # after pool1 ... pool5 (strides 2 ... 32)
         "num_convs": 2,
         "norm": "instance",
         "activation": "relu",
         "head": "8s",
         "upsample": "learned",  # transposed convolution from bilinear weights, or fixed bilinear
+        "padding": "same",  # paper: 100 zeros around the image and crops, for vgg16
         "dropout": 0.0,
+        "freeze_batch_stats": False,
+        "remat": False,
         "dtype": "float32",
     },
 }
@@ -53,6 +66,17 @@ CHOICES = {
     "optim.schedule": ("constant", "polynomial", "cosine"),
 }
 
+MODEL_CHOICES = {
+    "unet": {
+        "model.encoder": ("plain", "residual", "vgg16", "resnet18", "resnet34", "resnet50"),
+        "model.padding": ("same", "valid"),
+    },
+    "fcn": {
+        "model.encoder": ("plain", "vgg16"),
+        "model.padding": ("same", "paper"),
+    },
+}
+
 POSITIVE = (
     "data.patch_size",
     "preprocess.spacing_mm",
@@ -64,6 +88,7 @@ POSITIVE = (
     "augment.inverted_gamma.range",
     "model.features",
     "model.num_convs",
+    "loss.border_weight.sigma_voxels",
     "optim.learning_rate",
     "optim.accumulate_steps",
     "train.num_steps",
@@ -79,7 +104,11 @@ NOT_NEGATIVE = (
     "augment.noise.range_variance",
     "optim.weight_decay",
     "optim.clip_norm",
+    "loss.border_weight.w0",
 )
+
+# Resolutions of the encoders whose channels are published.
+PUBLISHED_DEPTHS = {"vgg16": 5, "resnet18": 6, "resnet34": 6, "resnet50": 6}
 
 # A resumed run may change these without becoming another experiment.
 FREE_WHEN_RESUMING = ("workdir", "data.cache_dir", "train.log_every", "train.keep_checkpoints")
@@ -156,7 +185,15 @@ def base_config(model="unet", rank=2):
                 "inverted_gamma": {"prob": 0.1, "range": (0.7, 1.5)},
             },
             "model": MODEL_DEFAULTS[model],
-            "loss": {"name": "dice_cross_entropy"},
+            "init": {
+                "checkpoint": "",  # a run's folder, or a .safetensors, .npz or .pth file
+                "strict": False,  # refuse weights of which anything does not fit
+            },
+            "loss": {
+                "name": "dice_cross_entropy",
+                # Weigh gaps between touching cells (Ronneberger et al. 2015 take w0 = 10).
+                "border_weight": {"w0": 0.0, "sigma_voxels": 5.0},
+            },
             "optim": {
                 "name": "adamw",
                 "learning_rate": 2e-3,
@@ -166,6 +203,9 @@ def base_config(model="unet", rank=2):
                 "momentum": 0.99,  # sgd only, Nesterov
                 "clip_norm": 12.0,  # global gradient norm; 0 means no clipping
                 "accumulate_steps": 1,
+                # (pattern, factor, first step): the first pattern that matches a parameter's path
+                # scales its learning rate (0 freezes it) and says when it starts to move.
+                "groups": (),
             },
             "train": {
                 "num_steps": 1000,
@@ -194,7 +234,7 @@ def validate(config):
     problems = []
     fields = _flatten(config)
 
-    for name, choices in CHOICES.items():
+    for name, choices in (CHOICES | MODEL_CHOICES.get(config.model.name, {})).items():
         if name in fields and fields[name] not in choices:
             problems.append(_not_a_choice(name, fields[name], choices))
     if config.model.name not in MODEL_DEFAULTS:
@@ -212,7 +252,7 @@ def validate(config):
         if not all(_is_number(v) and v >= 0 for v in _entries(fields[name])):
             problems.append(f"{name} must not be negative, not {fields[name]!r}")
     for name in ("data.patch_size", "model.features"):
-        if not fields[name] or any(isinstance(v, float) for v in fields[name]):
+        if any(isinstance(v, float) for v in fields[name]):
             problems.append(f"{name} must hold whole numbers, not {fields[name]!r}")
     for name, value in fields.items():
         is_probability = name.endswith((".prob", "_fraction", ".dropout", ".momentum")) and (
@@ -232,6 +272,10 @@ def validate(config):
             problems.append(f"{name} must be below 1")
 
     problems += _data_problems(config)
+    if config.model.name in MODEL_DEFAULTS and set(config.model) == set(
+        MODEL_DEFAULTS[config.model.name]
+    ):
+        problems += _model_problems(config.model, len(config.data.patch_size))
     problems += _training_problems(config)
     if problems:
         raise ConfigProblems(problems)
@@ -334,15 +378,78 @@ def _data_problems(config):
     return problems
 
 
-def _training_problems(config):
+def _model_problems(model, rank):
     problems = []
-    model, optim, train = config.model, config.optim, config.train
-    if model.name == "fcn" and len(model.features) != 5:
+    published = model.encoder in PUBLISHED_DEPTHS
+    depth = PUBLISHED_DEPTHS[model.encoder] if published else len(model.features)
+    if published and model.features:
         problems.append(
-            f"model.features of an FCN needs 5 entries (pool1 ... pool5), not {len(model.features)}"
+            f"model.encoder {model.encoder!r} has published channels: set model.features to ()"
         )
+    if not published and not model.features:
+        problems.append("model.features is (): give one number per resolution, finest first")
     if model.norm == "group" and any(_is_number(f) and f % 8 for f in model.features):
         problems.append(f"model.norm 'group' needs features divisible by 8, not {model.features}")
+    if model.name == "fcn":
+        if depth != 5:
+            problems.append(
+                f"model.features of an FCN needs 5 entries (pool1 ... pool5), not {depth}"
+            )
+        if model.padding == "paper" and model.encoder != "vgg16":
+            problems.append("model.padding 'paper' belongs to model.encoder 'vgg16'")
+        return problems
+    lengths = {"kernel_sizes": depth, "strides": depth - 1}
+    if len(model.num_convs) != 1:
+        lengths["num_convs"] = depth
+    for name, length in lengths.items():
+        entries = model[name]
+        if entries and len(entries) != length:
+            problems.append(
+                f"model.{name} needs {length} entries for {depth} resolutions, not {len(entries)}"
+            )
+        for entry in entries:
+            numbers = _entries(entry)
+            fits = len(numbers) == 1 or (len(numbers) == rank and name != "num_convs")
+            if not fits or not all(isinstance(n, int) and n > 0 for n in numbers):
+                problems.append(
+                    f"model.{name} must hold whole numbers, or {rank} of them for the axes of the "
+                    f"patch, not {entry!r}"
+                )
+    if published and (model.kernel_sizes or model.strides):
+        problems.append(
+            f"model.encoder {model.encoder!r} has published kernels and strides: set "
+            "model.kernel_sizes and model.strides to ()"
+        )
+    if model.padding == "valid":
+        if model.encoder != "plain":
+            problems.append("model.padding 'valid' needs model.encoder 'plain'")
+        if model.deep_supervision:
+            problems.append("model.deep_supervision needs model.padding 'same'")
+    return problems
+
+
+def _group_problems(entry):
+    if not (
+        isinstance(entry, tuple)
+        and len(entry) == 3
+        and isinstance(entry[0], str)
+        and _is_number(entry[1])
+        and entry[1] >= 0
+        and isinstance(entry[2], int)
+        and entry[2] >= 0
+    ):
+        return [
+            "optim.groups must hold (pattern, learning-rate factor, first step), for example "
+            f"('encoder/.*', 0.1, 0), not {entry!r}"
+        ]
+    return _regex_problems("optim.groups", entry[0])
+
+
+def _training_problems(config):
+    problems = []
+    optim, train = config.optim, config.train
+    for entry in optim.groups:
+        problems += _group_problems(entry)
     if not 0 <= config.seed < 2**31:
         problems.append(f"seed {config.seed} must lie in [0, 2147483647]")
     if optim.warmup_steps < 0 or optim.warmup_steps >= train.num_steps:

@@ -41,7 +41,7 @@ def evaluate_cases(predict_fn, store, cases, *, label_values, num_classes, **til
       cases: iterable of `jaxseg.data.cases.Case`.
       label_values: file value of each class, or None.
       num_classes: background included.
-      **tiling: patch_size and batch_size of `inference.predict_case`.
+      **tiling: patch_size, batch_size and margin of `inference.predict_case`.
     Yields:
       CaseResult.
     """

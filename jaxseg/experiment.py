@@ -4,8 +4,11 @@ import dataclasses
 import functools
 import os
 
+import jax
+import jax.numpy as jnp
+
 from jaxseg import config as config_lib
-from jaxseg import losses, optim
+from jaxseg import losses, optim, parallel, steps, transfer, weights
 from jaxseg.data import builder, cases, demo, splits
 from jaxseg.data.verify import verify
 from jaxseg.models import create_model
@@ -68,6 +71,7 @@ def load_data(config, log):
         split["train"],
         cache_dir=os.path.join(cache_dir, "prepared"),
         progress=log.progress,
+        border_weight=border_weight_of(config),
         **config.preprocess.to_dict(),
     )
     return Data(dataset, split, store, plan, fingerprint)
@@ -123,6 +127,41 @@ def create_model_for(config, num_classes):
     return create_model(config.model.name, num_classes, **config_lib.model_options(config))
 
 
+def border_weight_of(config):
+    """Options of the border-weight map, or None when it is not wanted."""
+    weight = config.loss.border_weight
+    return {"w0": weight.w0, "sigma": weight.sigma_voxels} if weight.w0 > 0 else None
+
+
+def margin_of(config):
+    """Voxels at each side of the patch that the network sees but does not label, one per axis.
+
+    Raises:
+      ConfigProblems: a network without padding can not take such a patch.
+    """
+    patch_size = tuple(config.data.patch_size)
+    model = create_model_for(config, 2)
+    image = jax.ShapeDtypeStruct((1, *patch_size, 1), jnp.float32)
+    try:
+        logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    except ValueError as error:
+        raise config_lib.ConfigProblems([f"data.patch_size {patch_size}: {error}"]) from None
+    return tuple((n - m) // 2 for n, m in zip(patch_size, logits.shape[1:-1], strict=True))
+
+
+def load_initial_weights(config, state, log):
+    """Puts the weights that `config.init` names into a fresh TrainState; says what fitted.
+
+    Raises:
+      WeightsProblem, TransferProblem: the file can not be read, or does not fit.
+    """
+    source = weights.read_weights(os.path.expanduser(config.init.checkpoint))
+    target = {"params": state.params, "batch_stats": state.batch_stats}
+    variables, report = transfer.adapt(source, target, strict=config.init.strict)
+    log.text(f"weights from {config.init.checkpoint}\n{report}")
+    return state.replace(**variables)
+
+
 def loss_fn_for(config):
     """The loss that `config.loss` names."""
     return losses.LOSSES[config.loss.name]
@@ -142,4 +181,26 @@ def create_tx(config):
         weight_decay=config.optim.weight_decay,
         momentum=config.optim.momentum,
         clip_norm=config.optim.clip_norm,
+        groups=config.optim.groups,
     )
+
+
+def create_steps(config, model, tx):
+    """The training and the evaluation step, mapped over all devices.
+
+    Args:
+      config: validated ConfigDict.
+      model: from `create_model_for`.
+      tx: from `create_tx`.
+    """
+    options = {
+        "model": model.clone(axis_name=parallel.AXIS_NAME),
+        "loss_fn": loss_fn_for(config),
+        "axis_name": parallel.AXIS_NAME,
+    }
+    accumulate_steps = config.optim.accumulate_steps
+    train_step = functools.partial(
+        steps.train_step, tx=tx, accumulate_steps=accumulate_steps, **options
+    )
+    eval_step = functools.partial(steps.eval_step, **options)
+    return parallel.pmap_train_step(train_step), parallel.pmap_eval_step(eval_step)

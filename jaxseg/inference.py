@@ -35,53 +35,61 @@ def blending_weights(patch_size):
     return np.maximum(weights / weights.max(), 1e-3).astype(np.float32)
 
 
-def predict_case(predict_fn, image, label, *, patch_size, batch_size):
+def predict_case(predict_fn, image, label, *, patch_size, batch_size, margin=()):
     """Class probabilities of one whole preprocessed case.
 
     Every batch has the same shape, so the network is compiled once. The case is padded with zeros,
-    evenly on both sides, where it is smaller than the patch, as in training.
+    evenly on both sides, where it is smaller than the patch, as in training. A network that labels
+    only the centre of its patch gets overlapping patches with `margin` around what it labels, and
+    sees the case mirrored beyond its border: the overlap-tile strategy of Ronneberger et al. 2015.
 
     Args:
       predict_fn: function from a batch (dict of image [B, *P, C] float32, label [B, *P] int32 and
         valid [B, *P] float32, 0 in the padding and in examples that fill up the last batch) to
-        probs [B, *P, K] float32.
+        probs [B, *(P - 2 margin), K] float32.
       image: [X, Y, Z, C] float32.
       label: [X, Y, Z] class indices; enters the batches (for the loss), never the prediction.
       patch_size: two entries predict slices along Z, three predict blocks.
       batch_size: patches per batch.
+      margin: voxels on each side of the patch that get no probabilities, one entry per axis of the
+        patch; () means none.
     Returns:
       [X, Y, Z, K] float32.
     """
-    patch = (*patch_size, 1)[:3]
     flat = len(patch_size) == 2
-    padding = [
-        (max(p - n, 0) - max(p - n, 0) // 2, max(p - n, 0) // 2)
-        for p, n in zip(patch, label.shape, strict=True)
-    ]
+    patch = np.array((*patch_size, 1)[:3])
+    margin = np.array((*(margin or (0,) * len(patch_size)), 0)[:3])
+    window = patch - 2 * margin  # what a patch labels
+    missing = np.maximum(window - label.shape, 0)
+    padding = np.stack([missing - missing // 2, missing // 2], axis=1)
+    shape = tuple(label.shape + missing)
+    around = [tuple(pair) for pair in padding + margin[:, None]]
     arrays = {
-        "image": np.pad(image, [*padding, (0, 0)]),
-        "label": np.pad(label.astype(np.int32), padding),
-        "valid": np.pad(np.ones(label.shape, np.float32), padding),
+        "image": np.pad(image, [*around, (0, 0)], mode="reflect" if margin.any() else "constant"),
+        "label": np.pad(label.astype(np.int32), around),
+        "valid": np.pad(np.ones(label.shape, np.float32), around),
     }
-    shape = arrays["label"].shape
-    starts = list(itertools.product(*map(tile_starts, shape, patch)))
-    tiles = [tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True)) for start in starts]
-    weights = blending_weights(patch_size).reshape(*patch, 1)
+    starts = list(itertools.product(*map(tile_starts, shape, window)))
+
+    def tile(start, size):
+        return tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
+
+    weights = blending_weights(window[: len(patch_size)]).reshape(*window, 1)
 
     total, total_weight = None, np.zeros((*shape, 1), np.float32)
-    for first in range(0, len(tiles), batch_size):
-        chosen = tiles[first : first + batch_size]
+    for first in range(0, len(starts), batch_size):
+        chosen = starts[first : first + batch_size]
         batch = {}
         for name, array in arrays.items():
-            parts = np.stack([array[tile] for tile in chosen])
+            parts = np.stack([array[tile(start, patch)] for start in chosen])
             parts = parts[:, :, :, 0] if flat else parts
             filler = np.zeros((batch_size - len(chosen), *parts.shape[1:]), parts.dtype)
             batch[name] = np.concatenate([parts, filler])
         probs = predict_fn(batch)
         if total is None:
             total = np.zeros((*shape, probs.shape[-1]), np.float32)
-        for tile, patch_probs in zip(chosen, probs, strict=False):
-            total[tile] += weights * patch_probs.reshape(*patch, -1)
-            total_weight[tile] += weights
-    inside = tuple(slice(low, low + n) for (low, _), n in zip(padding, label.shape, strict=True))
+        for start, patch_probs in zip(chosen, probs, strict=False):
+            total[tile(start, window)] += weights * patch_probs.reshape(*window, -1)
+            total_weight[tile(start, window)] += weights
+    inside = tile(padding[:, 0], label.shape)
     return total[inside] / total_weight[inside]

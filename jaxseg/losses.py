@@ -11,6 +11,7 @@ it is fast and deterministic on every device.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def cross_entropy_loss(logits, label, *, valid=None, class_weights=None):
@@ -155,6 +156,45 @@ LOSSES = {
     "focal": focal_loss,
     "tversky": tversky_loss,
 }
+
+
+def supervise(loss_fn, logits, label, valid):
+    """Loss of what a network returns: logits of a whole patch, of its centre, or of many scales.
+
+    Logits smaller than the label come from a network without padding: the label's centre counts.
+    A tuple comes from deep supervision, finest first: scale i weighs 2**-i, and all weights sum to
+    1; its label is the nearest voxel of the full one.
+
+    Args:
+      loss_fn: (logits, label, valid=) -> [B].
+      logits: [B, *S', C], or a tuple of such.
+      label: [B, *S] integer.
+      valid: [B, *S].
+    Returns:
+      [B] float32.
+    Reference: Lee et al. 2015; weights as in nnU-Net (Isensee et al. 2021).
+    """
+    if not isinstance(logits, tuple):
+        label, valid = (_centre(x, logits.shape[1:-1]) for x in (label, valid))
+        return loss_fn(logits, label, valid=valid)
+    weights = [2.0**-scale for scale in range(len(logits))]
+    losses = []
+    for scale, weight in zip(logits, weights, strict=True):
+        coarse_label, coarse_valid = (_nearest(x, scale.shape[1:-1]) for x in (label, valid))
+        losses.append(weight / sum(weights) * loss_fn(scale, coarse_label, valid=coarse_valid))
+    return sum(losses)
+
+
+def _centre(x, shape):
+    starts = [(n - m) // 2 for n, m in zip(x.shape[1:], shape, strict=True)]
+    return x[(slice(None), *(slice(s, s + m) for s, m in zip(starts, shape, strict=True)))]
+
+
+def _nearest(x, shape):
+    """[B, *S] at the voxels nearest to the centres of a grid of `shape`."""
+    for axis, (n, m) in enumerate(zip(x.shape[1:], shape, strict=True), start=1):
+        x = jnp.take(x, np.floor((np.arange(m) + 0.5) * n / m).astype(int), axis=axis)
+    return x
 
 
 def _per_pixel(logits, label, valid):

@@ -20,7 +20,22 @@ from ml_collections import config_flags
 from jaxseg import config as config_lib
 from jaxseg.data.cases import DatasetProblems
 from jaxseg.data.splits import SplitProblem
+from jaxseg.optim import GroupProblem
 from jaxseg.train import RunProblem, train
+from jaxseg.transfer import TransferProblem
+from jaxseg.weights import WeightsProblem
+
+# What a user can mend: shown without a traceback.
+EXPECTED = (
+    config_lib.ConfigProblems,
+    DatasetProblems,
+    GroupProblem,
+    OSError,
+    RunProblem,
+    SplitProblem,
+    TransferProblem,
+    WeightsProblem,
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 
@@ -37,7 +52,7 @@ def main(argv):
     try:
         config_lib.validate(_CONFIG.value)
         stopped_by = train(_CONFIG.value)
-    except (config_lib.ConfigProblems, DatasetProblems, RunProblem, SplitProblem, OSError) as error:
+    except EXPECTED as error:
         _exit(str(error))
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", status=130)

@@ -1,15 +1,17 @@
 """One step of training and one of evaluation, as pure functions that a device runs on its part.
 
-A batch is a dict of image [B, *S, C] float32, label [B, *S] int32 and valid [B, *S] float32 (1
-where a voxel counts). Sums over examples are taken on every device and then over `axis_name`,
-numerator and denominator apart, so that the result does not depend on how examples were spread. An
-example with no valid voxel is a filler and counts for nothing.
+A batch is a dict of image [B, *S, C] float32, label [B, *S] int32 and valid [B, *S] float32 (a
+voxel's weight in the loss, 0 where it does not count). Sums over examples are taken on every device
+and then over `axis_name`, numerator and denominator apart, so that the result does not depend on
+how examples were spread. An example with no valid voxel is a filler and counts for nothing.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+
+from jaxseg.losses import supervise
 
 
 def train_step(state, batch, key, *, model, loss_fn, tx, axis_name=None, accumulate_steps=1):
@@ -92,7 +94,7 @@ def eval_step(state, batch, *, model, loss_fn, axis_name=None):
 def _sum_over_examples(loss_fn, logits, batch):
     spatial_axes = tuple(range(1, batch["valid"].ndim))
     counts = (batch["valid"] > 0).any(spatial_axes).astype(jnp.float32)
-    loss = loss_fn(logits, batch["label"], valid=batch["valid"])
+    loss = supervise(loss_fn, logits, batch["label"], batch["valid"])
     return jnp.sum(jnp.where(counts > 0, loss, 0.0)), counts.sum()
 
 

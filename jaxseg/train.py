@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import threading
 import jax
 import numpy as np
 
-from jaxseg import checkpoint, evaluate, experiment, parallel, plots, steps, writers
+from jaxseg import checkpoint, evaluate, experiment, parallel, plots, writers
 from jaxseg import config as config_lib
 from jaxseg.data import pipeline, splits
 from jaxseg.models.summary import summarise_model
@@ -34,6 +33,7 @@ class Run:
       manager: checkpoints.
       log: RunLog.
       train_step, eval_step: mapped over the devices.
+      margin: of `jaxseg.experiment.margin_of`.
     """
 
     config: object
@@ -43,6 +43,7 @@ class Run:
     log: writers.RunLog
     train_step: object
     eval_step: object
+    margin: tuple[int, ...]
 
 
 def train(config):
@@ -54,9 +55,13 @@ def train(config):
       None when the run is complete, or the number of the signal that stopped it after it had saved.
     Raises:
       RunProblem: the folder holds another experiment, or the loss is not finite.
+      ConfigProblems: the network can not take such a patch.
+      GroupProblem: a pattern of `optim.groups` matches nothing.
+      WeightsProblem, TransferProblem: the weights to start from can not be used.
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
     check_batch_size(config)
+    experiment.margin_of(config)
     workdir = experiment.workdir_of(config)
     os.makedirs(workdir, exist_ok=True)
     manager = checkpoint.open_checkpoints(
@@ -134,15 +139,16 @@ def _train(config, workdir, manager, first_step, log):
         splits.save_split(os.path.join(workdir, "split.json"), data.split)
 
     image_shape = (*config.data.patch_size, data.num_channels)
-    # Outside the mapped steps there is no device axis to take batch statistics over.
-    single = experiment.create_model_for(config, data.num_classes)
-    model = single.clone(axis_name=parallel.AXIS_NAME)
+    model = experiment.create_model_for(config, data.num_classes)
     tx = experiment.create_tx(config)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    state = parallel.replicate(create_train_state(single, tx, init_key, image_shape))
+    state = create_train_state(model, tx, init_key, image_shape)
+    if config.init.checkpoint and not first_step:
+        state = experiment.load_initial_weights(config, state, log)
+    state = parallel.replicate(state)
 
     counts = ", ".join(f"{len(case_ids)} {name}" for name, case_ids in data.split.items())
-    log.text(summarise_model(single, image_shape))
+    log.text(summarise_model(model, image_shape))
     log.text(
         f"{counts} cases; {jax.device_count()} {jax.default_backend()} device(s); "
         f"results in {workdir}"
@@ -151,26 +157,12 @@ def _train(config, workdir, manager, first_step, log):
         state = checkpoint.restore(manager, first_step, state)
         log.text(f"resuming at step {first_step}")
 
-    options = {
-        "model": model,
-        "loss_fn": experiment.loss_fn_for(config),
-        "axis_name": parallel.AXIS_NAME,
-    }
-    train_step = functools.partial(
-        steps.train_step, tx=tx, accumulate_steps=config.optim.accumulate_steps, **options
-    )
-    run = Run(
-        config,
-        workdir,
-        data,
-        manager,
-        log,
-        parallel.pmap_train_step(train_step),
-        parallel.pmap_eval_step(functools.partial(steps.eval_step, **options)),
-    )
+    train_step, eval_step = experiment.create_steps(config, model, tx)
+    margin = experiment.margin_of(config)
+    run = Run(config, workdir, data, manager, log, train_step, eval_step, margin)
     with stop_signals() as stop:
         state = fit(run, state, first_step, parallel.replicate(step_key), stop)
-    if state.step < config.train.num_steps:
+    if stop.signal:
         return stop.signal
     finish(run, state)
     return None
@@ -223,6 +215,7 @@ def fit(run, state, first_step, key, stop):
         num_channels=run.data.num_channels,
         foreground_fraction=config.data.foreground_fraction,
         augment_params=config.augment.to_dict(),
+        margin=run.margin,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -303,6 +296,7 @@ def predicted(run, predict_fn, set_name):
         num_classes=run.data.num_classes,
         patch_size=tuple(run.config.data.patch_size),
         batch_size=run.config.train.batch_size,
+        margin=run.margin,
     )
 
 

@@ -48,13 +48,17 @@ def test_every_default_is_valid(model, rank):
 
 def test_every_choice_of_every_field_is_valid():
     for model in config_lib.MODEL_DEFAULTS:
-        for name, choices in config_lib.CHOICES.items():
+        for name, choices in (config_lib.CHOICES | config_lib.MODEL_CHOICES[model]).items():
             section, field = name.split(".")
             for choice in choices:
                 config = base_config(model)
                 config.data.dir = "somewhere"
+                if choice == "paper":
+                    config.model.encoder = "vgg16"
                 if field in config[section]:
                     config[section][field] = choice
+                    if config.model.encoder in config_lib.PUBLISHED_DEPTHS:
+                        config.model.features = ()
                     validate(config)
 
 
@@ -194,6 +198,52 @@ def test_an_fcn_has_five_stages():
     assert "5 entries" in problem and "not 2" in problem
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"features": ()}, ["model.features is ()"]),
+        ({"encoder": "resnet18"}, ["set model.features to ()"]),
+        ({"encoder": "vgg16", "features": (), "strides": (2, 2, 2, 2)}, ["published kernels"]),
+        ({"strides": (2, 2)}, ["model.strides needs 3 entries for 4 resolutions, not 2"]),
+        ({"kernel_sizes": (3, 3, 3, (3, 3, 3))}, ["or 2 of them for the axes", "(3, 3, 3)"]),
+        ({"kernel_sizes": (3, 3, 0, 3)}, ["model.kernel_sizes must hold whole numbers"]),
+        ({"num_convs": (2, 2, 2)}, ["model.num_convs needs 4 entries"]),
+        ({"padding": "valid", "encoder": "residual"}, ["'valid' needs model.encoder 'plain'"]),
+        ({"padding": "valid", "deep_supervision": True}, ["needs model.padding 'same'"]),
+        ({"padding": "paper"}, ["model.padding is 'paper', must be one of 'same', 'valid'"]),
+    ],
+)
+def test_a_unet_that_can_not_be_built_is_refused(changes, words):
+    config = base_config("unet")
+    config.model.update(changes)
+    (problem,) = problems_of(config)
+    assert all(word in problem for word in words)
+
+
+def test_the_padding_of_the_paper_is_that_of_its_encoder():
+    config = base_config("fcn")
+    config.model.padding = "paper"
+    (problem,) = problems_of(config)
+    assert "belongs to model.encoder 'vgg16'" in problem
+
+
+@pytest.mark.parametrize(
+    "entry", [("encoder", 0.1), ("encoder", -0.1, 0), ("encoder", 0.1, 0.5), (1, 0.1, 0), "encoder"]
+)
+def test_a_malformed_parameter_group_is_shown_a_well_formed_one(entry):
+    config = base_config()
+    config.optim.groups = (entry,)
+    (problem,) = problems_of(config)
+    assert "('encoder/.*', 0.1, 0)" in problem and repr(entry) in problem
+
+
+def test_a_parameter_group_needs_a_regular_expression():
+    config = base_config()
+    config.optim.groups = (("encoder/(", 0.1, 0),)
+    (problem,) = problems_of(config)
+    assert "is not a regular expression" in problem
+
+
 def test_base_config_is_locked():
     config = base_config()
     with pytest.raises(AttributeError, match='Did you mean "learning_rate"'):
@@ -211,7 +261,9 @@ def test_model_options_are_the_model_without_its_name():
 
 
 def other_value(name, value):
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
         return value + 1
     if isinstance(value, str):
         return value + "x"

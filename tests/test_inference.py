@@ -172,3 +172,60 @@ def test_several_channels_reach_the_network():
     label = np.zeros((9, 7, 3), np.uint8)
     probs = predict_case(passed_on, image, label, patch_size=(5, 4), batch_size=2)
     np.testing.assert_allclose(probs, image, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch_size", "margin"),
+    [
+        ((30, 23, 2), (12, 11), (3, 2)),
+        ((5, 2, 1), (12, 11), (3, 2)),
+        ((13, 9, 8), (8, 9, 7), (1, 2, 2)),
+        ((3, 9, 1), (8, 9, 7), (1, 2, 2)),
+    ],
+)
+def test_unpadded_tiles_give_what_the_whole_mirrored_image_gives(shape, patch_size, margin):
+    rank = len(patch_size)
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=[2 * m + 1 for m in margin])
+    image = rng.normal(size=(*shape, 1)).astype(np.float32)
+    label = rng.integers(0, 3, shape)
+
+    def unpadded(x):
+        """Correlation of [*S] with the kernel where it fits."""
+        windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape)
+        return np.einsum(windows, [..., *range(rank)], kernel, range(rank))
+
+    def predict_fn(batch):
+        assert batch["image"].shape == (*batch["label"].shape, 1) == (2, *patch_size, 1)
+        return np.stack([unpadded(x) for x in batch["image"][..., 0]])[..., None]
+
+    result = predict_case(
+        predict_fn, image, label, patch_size=patch_size, batch_size=2, margin=margin
+    )
+    pads = [(m, m) for m in margin]
+    if rank == 2:
+        slices = [
+            unpadded(np.pad(image[:, :, z, 0], pads, mode="reflect")) for z in range(shape[2])
+        ]
+        expected = np.stack(slices, axis=-1)
+    else:
+        expected = unpadded(np.pad(image[..., 0], pads, mode="reflect"))
+    np.testing.assert_allclose(result[..., 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_margin_a_voxel_is_valid_where_the_scan_is():
+    calls = []
+
+    def predict_fn(batch):
+        calls.append(batch)
+        return np.ones((1, 4, 4, 1), np.float32)
+
+    image = np.ones((3, 4, 1, 1), np.float32)
+    label = np.full((3, 4, 1), 2)
+    predict_case(predict_fn, image, label, patch_size=(8, 8), batch_size=1, margin=(2, 2))
+    (batch,) = calls
+    expected = np.zeros((1, 8, 8))
+    expected[:, 3:6, 2:6] = 1
+    np.testing.assert_array_equal(batch["valid"], expected)
+    np.testing.assert_array_equal(batch["label"], 2 * expected)
+    assert (batch["image"] == 1).all()

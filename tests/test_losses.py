@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseg.losses import LOSSES
+from jaxseg.losses import LOSSES, supervise
 
 CLASS_WEIGHTS = (1.0, 0.0, 3.0, 0.7)
 SHAPE_2D = (2, 6, 4, 3)
@@ -354,3 +354,30 @@ def test_other_mistakes_are_named(name, logits_dtype, label_dtype, num_classes, 
     label = jnp.zeros((1, 4), label_dtype)
     with pytest.raises(ValueError, match=message):
         LOSSES[name](logits, label, **options)
+
+
+def squared_error(logits, label, *, valid):
+    """A loss whose value names every voxel it saw."""
+    axes = tuple(range(1, label.ndim))
+    return jnp.sum((logits[..., 0] - label) ** 2 * valid, axis=axes)
+
+
+def test_supervise_takes_the_centre_of_the_label_where_logits_are_smaller():
+    rng = np.random.default_rng(0)
+    label, valid = rng.integers(0, 5, (2, 9, 6)), rng.random((2, 9, 6)).astype(np.float32)
+    logits = rng.normal(size=(2, 5, 2, 1)).astype(np.float32)
+    expected = np.sum((logits[..., 0] - label[:, 2:7, 2:4]) ** 2 * valid[:, 2:7, 2:4], axis=(1, 2))
+    result = supervise(squared_error, logits, jnp.asarray(label), jnp.asarray(valid))
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+
+
+def test_supervise_halves_the_weight_of_each_coarser_scale():
+    rng = np.random.default_rng(0)
+    label, valid = rng.integers(0, 5, (2, 8, 7)), rng.random((2, 8, 7)).astype(np.float32)
+    scales = tuple(rng.normal(size=(2, n, m, 1)).astype(np.float32) for n, m in ((8, 7), (4, 4)))
+    # Centres of the coarse voxels lie at 1, 3, 5, 7 of eight and at 0, 2, 4, 6 of seven.
+    coarse = np.ix_(range(2), (1, 3, 5, 7), (0, 2, 4, 6))
+    fine_loss = np.sum((scales[0][..., 0] - label) ** 2 * valid, axis=(1, 2))
+    coarse_loss = np.sum((scales[1][..., 0] - label[coarse]) ** 2 * valid[coarse], axis=(1, 2))
+    result = supervise(squared_error, scales, jnp.asarray(label), jnp.asarray(valid))
+    np.testing.assert_allclose(result, (2 * fine_loss + coarse_loss) / 3, rtol=1e-5)

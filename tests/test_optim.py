@@ -3,12 +3,15 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jaxseg import checkpoint
 from jaxseg.models import create_model
 from jaxseg.optim import create_optimizer, create_schedule
+from jaxseg.train_state import TrainState
 
 LEARNING_RATE = 0.2
 
@@ -161,3 +164,124 @@ def test_what_decays_in_a_network_is_its_kernels(name):
     for path, leaf in jax.tree.leaves_with_path(after):
         is_kernel = path[-1].key == "kernel"
         np.testing.assert_allclose(leaf, 0.95 if is_kernel else 1, err_msg=str(path))
+
+
+def longer_example():
+    """As `example`, with three more steps; the third gradient is longer than 1 too."""
+    params, steps = example()
+    rng = np.random.default_rng(1)
+    steps += [
+        {name: size * rng.normal(size=p.shape) for name, p in params.items()}
+        for size in (2.0, 0.5, 0.01)
+    ]
+    return params, steps
+
+
+def in_groups_in_numpy(params, steps, reference):
+    """Bias from the first step on, the kernel from the third at half the rate, the scale never.
+
+    Before the third step the network is the bias alone. From then on bias and kernel are clipped
+    together; each is stepped as if it were alone, which all but clipping allow.
+    """
+    moving = [{"bias"}, {"bias"}, *[{"bias", "kernel"}] * 3]
+    steps = [
+        clip({name: g for name, g in grads.items() if name in names}, 1.0)
+        for grads, names in zip(steps, moving, strict=True)
+    ]
+    bias = reference({"bias": params["bias"]}, [{"bias": g["bias"]} for g in steps], 0)
+    kernel = {"kernel": params["kernel"]}
+    moved = reference(kernel, [{"kernel": g["kernel"]} for g in steps[2:]], 2)
+    return bias | moved | {"scale": params["scale"]}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_groups_scale_freeze_and_unfreeze(name):
+    params, steps = longer_example()
+    rates = [LEARNING_RATE * (1 - count / 10) ** 0.9 for count in range(5)]
+    schedule = create_schedule("polynomial", learning_rate=LEARNING_RATE, num_steps=10)
+    groups = (("kern", 0.5, 2), ("scale", 0.0, 0))
+
+    def reference(params, steps, first_step):
+        values = [rate * (0.5 if "kernel" in params else 1.0) for rate in rates[first_step:]]
+        if name == "sgd":
+            return nesterov_in_numpy(params, steps, values, 0.3, 0.9, np.inf)
+        return adamw_in_numpy(params, steps, values, 0.3, np.inf)
+
+    tx = create_optimizer(
+        name, schedule, weight_decay=0.3, momentum=0.9, clip_norm=1.0, groups=groups
+    )
+    after = run(tx, params, steps)
+    assert_close(after, in_groups_in_numpy(params, steps, reference))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_what_is_frozen_stays_to_the_bit_whatever_its_gradient(name):
+    params = {"encoder": {"kernel": np.float32([[-0.0, 0.0, 1e-40, 0.1]])}, "head": np.ones(2)}
+    params = jax.tree.map(np.float32, params)
+    grads = {"encoder": {"kernel": np.float32([[1.0, np.nan, np.inf, -1.0]])}, "head": np.ones(2)}
+    for group in (("encoder/", 0.0, 0), ("encoder/kernel$", 1.0, 3)):
+        tx = create_optimizer(name, lambda _: 0.5, weight_decay=0.1, clip_norm=1.0, groups=(group,))
+        after = run(tx, params, [grads] * 3)
+        frozen = np.asarray(after["encoder"]["kernel"])
+        np.testing.assert_array_equal(
+            frozen.view(np.uint32), params["encoder"]["kernel"].view(np.uint32)
+        )
+        assert np.all(after["head"] < 0.99)
+
+
+def test_the_first_pattern_that_matches_the_beginning_decides():
+    params = {"a": {"kernel": np.zeros(2)}, "b": {"kernel": np.zeros(2)}, "c": np.zeros(2)}
+    grads = jax.tree.map(np.ones_like, params)
+    groups = (("a/", 0.25, 0), (".*kernel", 0.5, 0))
+    tx = create_optimizer("sgd", lambda _: 1.0, momentum=0.0, groups=groups)
+    after = run(tx, params, [grads])
+    expected = {"a": {"kernel": -0.25}, "b": {"kernel": -0.5}, "c": -1.0}
+    jax.tree.map(np.testing.assert_array_equal, after, jax.tree.map(np.float32, expected))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "named"), [(("scale", "ernel"), "'ernel'"), (("k", "kernel"), "'kernel'")]
+)
+def test_a_pattern_that_decides_nothing_is_an_error(patterns, named):
+    groups = tuple((pattern, 0.1, 0) for pattern in patterns)
+    tx = create_optimizer("adamw", lambda _: 1.0, groups=groups)
+    with pytest.raises(ValueError, match=f"{named} decides about no parameter"):
+        tx.init(example()[0])
+
+
+def test_a_resumed_run_unfreezes_when_it_should(tmp_path):
+    params, steps = jax.tree.map(np.float32, longer_example())
+    tx = create_optimizer("adamw", lambda _: 0.1, groups=(("kernel", 1.0, 3), ("bias", 0.5, 0)))
+    state = TrainState(jnp.int32(0), params, {}, tx.init(params))
+    update = jax.jit(tx.update)
+
+    def advance(state, steps):
+        for grads in steps:
+            updates, opt_state = update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            state = TrainState(state.step + 1, params, {}, opt_state)
+        return state
+
+    manager = checkpoint.open_checkpoints(str(tmp_path / "checkpoints"), keep=1)
+    saved = advance(state, steps[:2])
+    checkpoint.save(manager, 2, saved, config_json="{}", plan_json="{}", data={}, metrics=None)
+    manager.wait_until_finished()
+    resumed = advance(checkpoint.restore(manager, 2, state), steps[2:])
+    checkpoint.close_checkpoints(manager)
+    np.testing.assert_array_equal(saved.params["kernel"], params["kernel"])
+    assert np.any(resumed.params["kernel"] != params["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, resumed, advance(state, steps))
+
+
+def test_without_groups_the_state_is_as_it_always_was():
+    params = jax.tree.map(np.float32, example()[0])
+    schedule, _ = polynomial()
+
+    def mask(params):
+        return jax.tree.map(lambda param: param.ndim > 1, params)
+
+    old = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1, mask=mask)
+    )
+    tx = create_optimizer("adamw", schedule, weight_decay=0.1, clip_norm=1.0)
+    assert jax.tree.structure(tx.init(params)) == jax.tree.structure(old.init(params))

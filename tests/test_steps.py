@@ -158,13 +158,13 @@ def test_running_statistics_follow_the_accumulated_parts_in_turn():
     state = make_state(model)
     first = state.params["first"]
     x = batch["image"].astype(np.float64) @ first["kernel"] + first["bias"]
-    (stats,) = state.batch_stats["norm"].values()
+    stats = state.batch_stats["norm"]
     mean, var = stats["mean"], stats["var"]
     for part in range(2):
         mean = 0.9 * mean + 0.1 * x[part::2].mean((0, 1, 2))
         var = 0.9 * var + 0.1 * x[part::2].var((0, 1, 2))
     new_state, _ = run(model, batch, 1, accumulate_steps=2)
-    (new_stats,) = new_state.batch_stats["norm"].values()
+    new_stats = new_state.batch_stats["norm"]
     np.testing.assert_allclose(new_stats["mean"], mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new_stats["var"], var, rtol=1e-4, atol=1e-5)
 

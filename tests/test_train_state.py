@@ -50,7 +50,7 @@ def test_state_starts_at_step_0_with_an_untouched_optimiser(states):
 
 
 def test_running_statistics_start_as_the_identity(states):
-    (stats,) = states[0].batch_stats["Norm_0"].values()
+    stats = states[0].batch_stats["Norm_0"]
     np.testing.assert_array_equal(stats["mean"], np.zeros(3))
     np.testing.assert_array_equal(stats["var"], np.ones(3))
 

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from jaxseg import writers
 from jaxseg.data import preprocess
 from jaxseg.data.verify import verify
-from jaxseg.data.volumes import read_image, read_label
+from jaxseg.data.volumes import read_image, read_instances, read_label
 
 # Decoded cases are kept in memory up to this size; beyond it the least recently used is read again.
 CACHE_BYTES = 4 << 30
@@ -31,6 +31,7 @@ class PreparedCase:
       original_affine: [4, 4] float64 of the file.
       original_shape: (X, Y, Z) of the file.
       locations: for each foreground class present, [N, 3] voxels of that class.
+      weight: [X, Y, Z] float32, what each voxel counts in the loss; None means 1.
     """
 
     case_id: str
@@ -40,6 +41,7 @@ class PreparedCase:
     original_affine: np.ndarray
     original_shape: tuple[int, ...]
     locations: tuple[np.ndarray, ...]
+    weight: np.ndarray | None = None
 
 
 class CaseBuilder(tfds.core.GeneratorBasedBuilder):
@@ -51,7 +53,8 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.1.0")
 
-    def __init__(self, *, data_dir, dataset=None, plan=None, progress=iter):
+    def __init__(self, *, data_dir, border_weight=None, dataset=None, plan=None, progress=iter):
+        self._border_weight = border_weight
         self._dataset = dataset
         self._plan = plan
         self._progress = progress
@@ -69,6 +72,10 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
             ),
             "original_shape": tfds.features.Tensor(shape=(3,), dtype=np.int32),
         }
+        if self._border_weight:
+            features["weight"] = tfds.features.Tensor(
+                shape=(None,) * 3, dtype=np.float32, encoding="zlib"
+            )
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -88,19 +95,22 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
             label, label_affine = read_label(case.label_path, dataset.label_values)
             original_shape = np.asarray(image.shape[:3], np.int32)
             prepared, prepared_affine = preprocess.preprocess_image(image, affine, self._plan)
-            yield (
-                index,
-                {
-                    "case_id": case.case_id,
-                    "image": prepared,
-                    "label": preprocess.preprocess_label(
-                        label, label_affine, self._plan, len(dataset.class_names)
-                    ),
-                    "affine": prepared_affine,
-                    "original_affine": affine,
-                    "original_shape": original_shape,
-                },
-            )
+            record = {
+                "case_id": case.case_id,
+                "image": prepared,
+                "label": preprocess.preprocess_label(
+                    label, label_affine, self._plan, len(dataset.class_names)
+                ),
+                "affine": prepared_affine,
+                "original_affine": affine,
+                "original_shape": original_shape,
+            }
+            if self._border_weight:
+                instances = preprocess.preprocess_instances(
+                    *read_instances(case.label_path, dataset.label_values), self._plan
+                )
+                record["weight"] = preprocess.border_weights(instances, **self._border_weight)
+            yield index, record
 
 
 class CaseStore:
@@ -128,16 +138,26 @@ class CaseStore:
             original_affine=record["original_affine"],
             original_shape=tuple(map(int, record["original_shape"])),
             locations=tuple(_locations(label == c) for c in present[present > 0]),
+            weight=record.get("weight"),
         )
 
 
-def prepare(dataset, train_ids, *, cache_dir, progress=lambda items, title: items, **options):
+def prepare(
+    dataset,
+    train_ids,
+    *,
+    cache_dir,
+    border_weight=None,
+    progress=lambda items, title: items,
+    **options,
+):
     """Verifies and preprocesses a dataset, or finds that done.
 
     Args:
       dataset: `jaxseg.data.cases.Dataset`.
       train_ids: ids of the training cases, whose statistics make the plan.
       cache_dir: folder that holds one prepared set per fingerprint.
+      border_weight: options of `preprocess.border_weights`, to store that map with each case.
       progress: function (iterable, title) -> iterable that shows progress.
       **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order.
     Returns:
@@ -147,12 +167,14 @@ def prepare(dataset, train_ids, *, cache_dir, progress=lambda items, title: item
     """
     fingerprint = data_fingerprint(dataset)
     wanted = repr((fingerprint, sorted(train_ids), sorted(options.items()), CaseBuilder.VERSION))
+    if border_weight:
+        wanted += repr(sorted(border_weight.items()))
     folder = os.path.join(cache_dir, hashlib.sha256(wanted.encode()).hexdigest()[:16])
     plan_path = os.path.join(folder, "plan.json")
     case_ids = [case.case_id for case in dataset.cases]
 
     if os.path.exists(plan_path):  # written last: everything before it is complete
-        builder = CaseBuilder(data_dir=folder)
+        builder = CaseBuilder(data_dir=folder, border_weight=border_weight)
         if "cases" in builder.info.splits:  # unless someone removed the cases since
             with open(plan_path, encoding="utf-8") as file:
                 plan = preprocess.Plan.from_json(file.read())
@@ -168,6 +190,7 @@ def prepare(dataset, train_ids, *, cache_dir, progress=lambda items, title: item
     )
     builder = CaseBuilder(
         data_dir=folder,
+        border_weight=border_weight,
         dataset=dataset,
         plan=plan,
         progress=functools.partial(progress, title="preprocessing"),

@@ -18,6 +18,7 @@ def train_batches(
     num_channels,
     foreground_fraction,
     augment_params,
+    margin=(),
     process_index=0,
     process_count=1,
 ):
@@ -38,10 +39,11 @@ def train_batches(
       num_channels: C of the images.
       foreground_fraction: probability that a patch is drawn around a foreground voxel.
       augment_params: as for `jaxseg.data.augment.augment`.
+      margin: as for `sample_region`.
       process_index, process_count: which part of each batch.
     Returns:
       Iterator of dicts of numpy arrays: image [b, *P, C] float32, label [b, *P] int32 and valid
-      [b, *P] float32, 0 outside the scan.
+      [b, *P] float32: the weight of a voxel, 0 outside the scan.
     """
     local_size = batch_size // process_count
     region = region_size(patch_size, augment_params)
@@ -50,7 +52,7 @@ def train_batches(
     def fetch(example, case_index):
         rng = np.random.Generator(np.random.Philox(key=[seed, example]))
         case = store[case_ids[case_index]]
-        return sample_region(case, rng, region, patch_size, foreground_fraction)
+        return sample_region(case, rng, region, patch_size, foreground_fraction, margin)
 
     def load(position):
         step, place = position // local_size, position % local_size
@@ -79,10 +81,12 @@ def train_batches(
     )
 
 
-def sample_region(case, rng, region, patch_size, foreground_fraction):
+def sample_region(case, rng, region, patch_size, foreground_fraction, margin=()):
     """Draws a patch of a case and cuts the larger region around it that augmentation needs.
 
-    The patch lies inside the scan where the scan is larger, and is centred on it where it is not.
+    The patch, without its margin, lies inside the scan where the scan is larger, and is centred on
+    it where it is not. Beyond the scan are zeros, or with a margin the mirrored image, as
+    Ronneberger et al. 2015 feed a network that labels only the centre of what it sees.
 
     Args:
       case: PreparedCase.
@@ -91,8 +95,11 @@ def sample_region(case, rng, region, patch_size, foreground_fraction):
       patch_size: of the patch in the region's centre, as many entries.
       foreground_fraction: probability that the patch is drawn around a voxel of a foreground class,
         all classes that are present being equally likely.
+      margin: voxels at each side of the patch that get no label from the network, one entry per
+        axis; () means none.
     Returns:
-      (image [*R, C] float32, label [*R] int32, valid [*R] float32), zero outside the scan.
+      (image [*R, C] float32, label [*R] int32, valid [*R] float32): valid is the voxel's weight, 1
+      where the case has none; label and valid are 0 outside the scan.
     """
     shape = case.label.shape
     if case.locations and rng.random() < foreground_fraction:
@@ -100,25 +107,42 @@ def sample_region(case, rng, region, patch_size, foreground_fraction):
         voxel = voxels[rng.integers(len(voxels))]
     else:
         voxel = rng.integers(shape)
-    image, label = case.image, case.label
+    image, label, weight = case.image, case.label, case.weight
     if len(patch_size) == 2:
         image, label = image[:, :, voxel[2]], label[:, :, voxel[2]]
+        weight = weight if weight is None else weight[:, :, voxel[2]]
 
-    inside, target = [], []
-    for centre, size, patch, width in zip(voxel, label.shape, patch_size, region, strict=False):
-        patch_start = (
-            np.clip(centre - patch // 2, 0, size - patch) if size > patch else ((size - patch) // 2)
+    inside, target, mirrored = [], [], []
+    for axis, (patch, width) in enumerate(zip(patch_size, region, strict=True)):
+        centre, size, edge = voxel[axis], label.shape[axis], margin[axis] if margin else 0
+        window = patch - 2 * edge
+        window_start = (
+            np.clip(centre - window // 2, 0, size - window)
+            if size > window
+            else (size - window) // 2
         )
-        start = int(patch_start) - (width - patch) // 2
+        start = int(window_start) - edge - (width - patch) // 2
         low, high = max(start, 0), min(start + width, size)
         inside.append(slice(low, high))
         target.append(slice(low - start, high - start))
+        mirrored.append(_mirrored(np.arange(start, start + width), size))
     inside, target = tuple(inside), tuple(target)
 
     region_image = np.zeros((*region, image.shape[-1]), np.float32)
     region_label = np.zeros(region, np.int32)
     region_valid = np.zeros(region, np.float32)
-    region_image[target] = image[inside]
+    if any(margin):
+        region_image[:] = image[np.ix_(*mirrored)]
+    else:
+        region_image[target] = image[inside]
     region_label[target] = label[inside]
-    region_valid[target] = 1
+    region_valid[target] = 1 if weight is None else weight[inside]
     return region_image, region_label, region_valid
+
+
+def _mirrored(index, size):
+    """Where in an axis of `size` an index lies after reflection about its first and last voxel."""
+    if size == 1:
+        return np.zeros_like(index)
+    index = index % (2 * (size - 1))
+    return np.minimum(index, 2 * (size - 1) - index)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxseg import writers
 
 SETS = ("train", "val", "test")
+UNUSED = "unused"
 
 
 class SplitProblem(ValueError):
@@ -19,8 +20,9 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
     """Reads a split from JSON.
 
     Args:
-      path: {"train": [...], "val": [...], "test": [...]} ("test" may be missing; other keys are
-        ignored) or nnU-Net's list of such dicts, one per fold.
+      path: {"train": [...], "val": [...], "test": [...]} ("test" may be missing; cases under
+        "unused" are left out; other keys are ignored) or nnU-Net's list of such dicts, one per
+        fold.
       case_ids: all cases of the dataset.
       subject_of: function from case id to subject.
       fold: which entry of a list.
@@ -51,11 +53,12 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
         )
     if not isinstance(content, dict) or not content.get("train"):
         raise SplitProblem(f'{path}: has no list "train"; write {{"train": [...], "val": [...]}}')
-    for name in SETS:
+    for name in (*SETS, UNUSED):
         listed = content.get(name, [])
         if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
             raise SplitProblem(f'{path}: "{name}" is not a list of case ids')
     split = {name: sorted(content.get(name, [])) for name in SETS}
+    case_ids = set(case_ids) - set(content.get(UNUSED, []))
     return _checked(split, case_ids, subject_of, source=path)
 
 
@@ -131,7 +134,9 @@ def _checked(split, case_ids, subject_of, source):
     assigned = [case for cases in split.values() for case in cases]
     problems = []
     if unknown := sorted(set(assigned) - set(case_ids)):
-        problems.append(f"names cases that the dataset lacks: {', '.join(unknown)}")
+        problems.append(
+            f"names cases that the dataset lacks or the split leaves unused: {', '.join(unknown)}"
+        )
     if missing := sorted(set(case_ids) - set(assigned)):
         problems.append(f"leaves cases out: {', '.join(missing)}")
     sets_of = collections.defaultdict(set)

@@ -20,6 +20,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.wrapstruct import WrapStructError
 from PIL import Image
+from scipy import ndimage
 
 from jaxseg import geometry
 
@@ -91,6 +92,30 @@ def read_label(path, label_values):
     if problems:
         raise problems[0]
     return encode_label(path, values, label_values), affine
+
+
+def read_instances(path, label_values):
+    """Reads which object each voxel belongs to.
+
+    With `label_values` None and several values above 0 in the file, they are the objects (an
+    instance map). Otherwise an object is what hangs together by faces within one class.
+
+    Args:
+      path, label_values: As for `read_label`.
+    Returns:
+      (instances, affine): [X, Y, Z] int32, 0 in the background, and [4, 4] float64 in mm.
+    Raises:
+      FileProblem: As `read_label`.
+    """
+    values, affine = decode_label(path)
+    label = encode_label(path, values, label_values)
+    if label_values is None and len(np.unique(values[values > 0])) > 1:
+        return np.where(label > 0, values, 0).astype(np.int32), affine
+    instances = np.zeros(label.shape, np.int32)
+    for index in range(1, label.max(initial=0) + 1):
+        objects, _ = ndimage.label(label == index)
+        instances += np.where(objects > 0, objects + instances.max(), 0)
+    return instances, affine
 
 
 def decode_image(path):

@@ -3,12 +3,16 @@
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxseg.models.blocks import ConvBlock, Dropout, crop_to, max_pool
+from jaxseg.models import encoders, formulations
+from jaxseg.models.blocks import Conv, Dropout, Style, crop_to
 
 # How many finer pooling layers lend their scores to the coarsest one.
 NUM_SKIPS = {"32s": 0, "16s": 1, "8s": 2}
+# Where the paper's networks crop, having padded the image by 100.
+PAPER_PADDING = 100
+POOL_OFFSETS = {4: 5, 3: 9}
+LOGITS_OFFSETS = {"32s": 19, "16s": 27, "8s": 31}
 
 
 def bilinear_kernel(factor, rank, num_channels):
@@ -31,7 +35,7 @@ def bilinear_kernel(factor, rank, num_channels):
 
 
 class Upsample(nn.Module):
-    """Transposed convolution from bilinear weights, learned or fixed; S becomes S times factor."""
+    """Transposed convolution from bilinear weights, learned or fixed: S becomes (S + 1) factor."""
 
     factor: int
     learned: bool
@@ -42,89 +46,76 @@ class Upsample(nn.Module):
         kernel = bilinear_kernel(self.factor, rank, num_channels)
         if self.learned:
             kernel = self.param("kernel", lambda _: jnp.asarray(kernel))
-        return transposed_convolution(scores, jnp.asarray(kernel, scores.dtype), self.factor)
-
-
-def transposed_convolution(x, kernel, factor):
-    """Transposed convolution of stride `factor`, "same" size: S times `factor`.
-
-    Args:
-      x: [B, *S, C].
-      kernel: [2 factor, ..., C, F].
-      factor: stride along every axis.
-    """
-    rank = x.ndim - 2
-    spatial = "DHW"[-rank:]
-    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    width, before = 2 * factor, factor // 2
-    # Crop `before` of the full transposed output at the start, the rest of `factor` at the end.
-    padding = [(width - 1 - before, width - 1 - (factor - before))] * rank
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1,) * rank,
-        padding=padding,
-        lhs_dilation=(factor,) * rank,
-        dimension_numbers=layout,
-    )
+        return formulations.transposed_convolve(
+            scores, jnp.asarray(kernel, scores.dtype), self.factor
+        )
 
 
 class FCN(nn.Module):
-    """Fully convolutional network with a compact encoder for medical images.
+    """Fully convolutional network, for any image size.
 
-    Five stages of convolutions and pooling; 1x1 convolutions score pool5 (and pool4, pool3), and
-    the scores are added up from coarse to fine. Any image size: pooling rounds up, up-sampling is
-    cropped.
+    The network of the paper is `FCN(21, encoder="vgg16", features=(), head="8s", padding="paper",
+    dropout=0.5)`: VGG16 with its fully connected layers as convolutions, 134 million parameters
+    before the up-sampling (Long et al. 2015, table 1). The plain encoder is a compact one for
+    medical images.
 
     Attributes:
       num_classes: classes to tell apart, background included.
-      features: channels of the five stages.
-      num_convs: convolutions per stage.
-      norm, activation: as in U-Net.
+      encoder: "plain" or "vgg16".
+      features, num_convs, norm, activation: of the plain encoder, which has five stages; `features`
+        is () for VGG16.
       head: "32s", "16s" (fuses pool4) or "8s" (fuses pool4 and pool3).
       upsample: "learned" or "fixed" bilinear transposed convolutions.
-      dropout: share of channels dropped before the coarsest score layer while training.
+      padding: "same" (pooling rounds up, up-sampling is cropped) or, for VGG16, "paper" (the image
+        is padded by 100 zeros and every fusion is cropped).
+      dropout: share of channels dropped before the coarsest score layer, and between the former
+        fully connected layers, while training.
+      freeze_batch_stats, remat: as for `UNet`.
       dtype: of the computation; parameters and logits are float32.
       axis_name: device axis over which batch statistics are taken.
     Reference: Long, Shelhamer, Darrell 2015.
     """
 
     num_classes: int
+    encoder: str = "plain"
     features: tuple[int, ...] = (16, 32, 64, 128, 256)
     num_convs: int = 2
     norm: str = "instance"
     activation: str = "relu"
     head: str = "8s"
     upsample: str = "learned"
+    padding: str = "same"
     dropout: float = 0.0
+    freeze_batch_stats: bool = False
+    remat: bool = False
     dtype: str = "float32"
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, image, *, train=False):
+    def __call__(self, image, train=False):
         """Maps an image [B, *S, C] of any float to logits [B, *S, num_classes] float32."""
-        dtype = jnp.dtype(self.dtype)
-        rank = image.ndim - 2
+        dtype, rank = jnp.dtype(self.dtype), image.ndim - 2
+        paper = self.padding == "paper"
         x = image.astype(dtype)
-        pools = []
-        for stage, features in enumerate(self.features, start=1):
-            x = ConvBlock(
-                features,
-                self.num_convs,
-                self.norm,
-                self.activation,
-                dtype=dtype,
-                axis_name=self.axis_name,
-                name=f"stage{stage}",
-            )(x, train=train)
-            x = max_pool(x)
-            pools.append(x)
-        x = Dropout(self.dropout, self.axis_name)(x, train=train)
+        if paper:  # the first convolution pads by 1 itself
+            x = jnp.pad(x, [(0, 0), *[(PAPER_PADDING - 1,) * 2] * rank, (0, 0)])
+        maps = self._encode(dtype)(x, train)
+        pools = [formulations.max_pool(x, (2,) * rank) for x in maps]
+        x = pools[-1]
+        if self.encoder == "vgg16":
+            for name, size in (("fc6", 7), ("fc7", 1)):
+                layer = Conv(
+                    4096, size, padding="valid" if paper else "same", dtype=dtype, name=name
+                )
+                x = Dropout(self.dropout, self.axis_name)(nn.relu(layer(x)), train)
+        else:
+            x = Dropout(self.dropout, self.axis_name)(x, train)
 
-        def score(features, pool):
-            return nn.Conv(self.num_classes, (1,) * rank, dtype=dtype, name=f"score{pool}")(
-                features
-            )
+        def score(x, pool):
+            init = nn.initializers.lecun_normal()
+            if self.encoder == "vgg16":
+                init = nn.initializers.zeros  # as in the paper, section 4.1
+            return Conv(self.num_classes, 1, kernel_init=init, dtype=dtype, name=f"score{pool}")(x)
 
         def upsample(scores, factor, name):
             return Upsample(factor, self.upsample == "learned", name=name)(scores)
@@ -132,7 +123,27 @@ class FCN(nn.Module):
         num_skips = NUM_SKIPS[self.head]
         scores = score(x, 5)
         for pool in range(4, 4 - num_skips, -1):
-            finer = score(pools[pool - 1], pool)
-            scores = crop_to(upsample(scores, 2, f"upsample{pool}"), finer.shape[1:-1]) + finer
-        logits = upsample(scores, 32 // 2**num_skips, "upsample")
-        return crop_to(logits, image.shape[1:-1]).astype(jnp.float32)
+            scores, finer = upsample(scores, 2, f"upsample{pool}"), score(pools[pool - 1], pool)
+            if paper:
+                finer = crop_to(finer, scores.shape[1:-1], (POOL_OFFSETS[pool],) * rank)
+            else:
+                scores = crop_to(scores, finer.shape[1:-1], (1,) * rank)
+            scores += finer
+        factor = 32 // 2**num_skips
+        offset = LOGITS_OFFSETS[self.head] if paper else factor // 2
+        logits = upsample(scores, factor, "upsample")
+        return crop_to(logits, image.shape[1:-1], (offset,) * rank).astype(jnp.float32)
+
+    def _encode(self, dtype):
+        style = Style(
+            self.norm,
+            self.activation,
+            dtype=dtype,
+            axis_name=self.axis_name,
+            freeze_batch_stats=self.freeze_batch_stats,
+            remat=self.remat,
+        )
+        if self.encoder == "vgg16":
+            return encoders.VGG16(style, name="encoder")
+        sizes = (self.features, (self.num_convs,) * 5, (3,) * 5, (2,) * 4)
+        return encoders.PlainEncoder(*sizes, "max_pool", 0.0, style, name="encoder")

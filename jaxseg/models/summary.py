@@ -22,6 +22,24 @@ def count_flops(model, image_shape):
     return int(analysis["flops"])
 
 
+def training_memory(model, image_shape):
+    """Bytes kept from the forward pass over one image (*S, C) for the backward pass.
+
+    Activations and what of the parameters the gradient needs, as JAX keeps them whatever the
+    backend; the compiler may keep less. (XLA merges what `remat` computes again on CPU, so that
+    there it saves nothing.)
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def backward(params, rest, image):
+        return jax.vjp(lambda params: model.apply({"params": params, **rest}, image), params)[1]
+
+    params = variables.pop("params")
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, variables, image))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+
 def summarise_model(model, image_shape):
     """One line: name, parameters, operations per image."""
     size = "x".join(map(str, image_shape))

@@ -3,74 +3,153 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxseg.models.blocks import ConvBlock, Dropout, UpConv, crop_to, max_pool, resize_linear
+from jaxseg.models import encoders
+from jaxseg.models.blocks import (
+    AttentionGate,
+    Conv,
+    ConvBlock,
+    Style,
+    UpConv,
+    crop_to,
+    in_blocks,
+    per_axis,
+    resize_linear,
+)
+
+# Encoders whose size is published: channels of each resolution, and how to make one.
+PUBLISHED = {
+    "vgg16": (encoders.VGG16_FEATURES, encoders.VGG16),
+    **{
+        f"resnet{n}": (
+            encoders.resnet_features(n),
+            lambda n=n, **options: encoders.ResNet(n, **options),
+        )
+        for n in encoders.RESNET_BLOCKS
+    },
+}
 
 
 class UNet(nn.Module):
-    """U-Net with same-padding: logits have the image's size, whatever that is.
+    """U-Net, from the published one to nnU-Net's.
+
+    The network of the paper is `UNet(2, features=(64, 128, 256, 512, 1024), norm="none",
+    activation="relu", down="max_pool", padding="valid")`. With padding "same" logits have the
+    image's size, whatever that is.
 
     Attributes:
       num_classes: classes to tell apart, background included.
-      features: channels at each resolution, finest first; their number is the depth.
-      num_convs: convolutions per resolution.
+      features: channels at each resolution, finest first; their number is the depth. () for
+        encoders whose channels are published.
+      encoder: "plain", "residual" (nnU-Net's ResEnc), or "vgg16", "resnet18", "resnet34",
+        "resnet50", which take published weights.
+      num_convs: convolutions per resolution in the encoder, residual blocks in a "residual" one;
+        one number for all or one each.
+      decoder_convs: convolutions per resolution in the decoder.
+      kernel_sizes: one entry per resolution, a number or one per axis; () means 3.
+      strides: one entry per step down, a number or one per axis; () means 2.
       norm: "instance", "batch", "group" or "none".
       activation: "relu" or "leaky_relu".
-      down: "conv" (strided convolution) or "max_pool".
+      down: "conv" (strided convolution) or "max_pool"; of the "plain" encoder.
       up: "conv" (transposed convolution) or "resize" (linear).
+      padding: "same", or "valid": nothing is padded, and logits cover the centre of the image.
+      attention: gate the skip connections (Oktay et al. 2018).
+      deep_supervision: while training, return logits at all resolutions but the two coarsest.
       dropout: share of channels dropped at the two coarsest resolutions while training.
+      freeze_batch_stats: batch normalisation uses and keeps its running statistics while training.
+      remat: save memory by computing blocks again in the backward pass.
       dtype: of the computation; parameters and logits are float32.
       axis_name: device axis over which batch statistics are taken.
-    Reference: Ronneberger et al. 2015; normalisation, strided down-sampling and same-padding as in
-      nnU-Net (Isensee et al. 2021).
+    Reference: Ronneberger et al. 2015; normalisation, strided down-sampling, anisotropic kernels
+      and deep supervision as in nnU-Net (Isensee et al. 2021).
     """
 
     num_classes: int
     features: tuple[int, ...] = (32, 64, 128, 256)
-    num_convs: int = 2
+    encoder: str = "plain"
+    num_convs: int | tuple[int, ...] = 2
+    decoder_convs: int = 2
+    kernel_sizes: tuple = ()
+    strides: tuple = ()
     norm: str = "instance"
     activation: str = "leaky_relu"
     down: str = "conv"
     up: str = "conv"
+    padding: str = "same"
+    attention: bool = False
+    deep_supervision: bool = False
     dropout: float = 0.0
+    freeze_batch_stats: bool = False
+    remat: bool = False
     dtype: str = "float32"
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, image, *, train=False):
-        """Maps an image [B, *S, C] of any float to logits [B, *S, num_classes] float32."""
-        dtype = jnp.dtype(self.dtype)
-        depth = len(self.features)
+    def __call__(self, image, train=False):
+        """Maps an image [B, *S, C] of any float to logits [B, *S, num_classes] float32.
 
-        def block(level, name, stride=1):
-            return ConvBlock(
-                self.features[level],
-                self.num_convs,
-                self.norm,
-                self.activation,
-                stride,
-                dtype,
-                self.axis_name,
-                name=f"{name}{level}",
-            )
+        With `deep_supervision` and `train` a tuple of logits, finest first, each [B, *S / strides,
+        num_classes]. Without padding S shrinks.
+        """
+        rank = image.ndim - 2
+        style = Style(
+            self.norm,
+            self.activation,
+            self.padding,
+            jnp.dtype(self.dtype),
+            self.axis_name,
+            self.freeze_batch_stats,
+            self.remat,
+        )
+        features = self.level_features
+        depth = len(features)
+        kernel_sizes = self.kernel_sizes or (3,) * depth
+        strides = [per_axis(s, rank) for s in self.strides or (2,) * (depth - 1)]
 
-        x = block(0, "down")(image.astype(dtype), train=train)
-        skips = []
-        for level in range(1, depth):
-            skips.append(x)
-            if self.down == "max_pool":
-                x = block(level, "down")(max_pool(x), train=train)
-            else:
-                x = block(level, "down", stride=2)(x, train=train)
-            if level >= depth - 2:
-                x = Dropout(self.dropout, self.axis_name)(x, train=train)
+        *skips, x = self._encode(kernel_sizes, strides, style)(image.astype(style.dtype), train)
+        block = in_blocks(ConvBlock, style)
+        coarser = []
         for level in reversed(range(depth - 1)):
-            skip = skips[level]
-            x = self._upsample(x, level, skip.shape[1:-1], dtype)
-            x = block(level, "up")(jnp.concatenate([skip, x], axis=-1), train=train)
-        head = nn.Conv(self.num_classes, (1,) * (image.ndim - 2), dtype=dtype, name="head")
+            coarse, skip = x, skips[level]
+            if self.up == "conv":
+                x = UpConv(features[level], strides[level], style.dtype, name=f"upconv{level}")(x)
+            else:
+                x = resize_linear(
+                    x, [n * s for n, s in zip(x.shape[1:-1], strides[level], strict=True)]
+                )
+            if self.padding == "same":
+                x = crop_to(x, skip.shape[1:-1], (0,) * rank)
+            else:
+                skip = crop_to(skip, x.shape[1:-1])
+            if self.attention:
+                gate = AttentionGate(max(features[level] // 2, 1), style.dtype, name=f"gate{level}")
+                skip = gate(skip, coarse, strides[level])
+            x = block(
+                features[level], self.decoder_convs, style, kernel_sizes[level], name=f"up{level}"
+            )(jnp.concatenate([skip, x], axis=-1), train)
+            if self.deep_supervision and 0 < level < depth - 2:
+                coarser.append(self._score(x, f"head{level}"))
+        logits = self._score(x, "head")
+        if self.deep_supervision and train:
+            return (logits, *reversed(coarser))
+        return logits
+
+    def _score(self, x, name):
+        init = nn.initializers.lecun_normal()
+        head = Conv(self.num_classes, 1, kernel_init=init, dtype=jnp.dtype(self.dtype), name=name)
         return head(x).astype(jnp.float32)
 
-    def _upsample(self, x, level, shape, dtype):
-        if self.up == "conv":
-            return crop_to(UpConv(self.features[level], dtype, name=f"upconv{level}")(x), shape)
-        return resize_linear(x, shape)
+    @property
+    def level_features(self):
+        """Channels at each resolution."""
+        return PUBLISHED[self.encoder][0] if self.encoder in PUBLISHED else self.features
+
+    def _encode(self, kernel_sizes, strides, style):
+        if self.encoder in PUBLISHED:
+            return PUBLISHED[self.encoder][1](style=style, name="encoder")
+        depth = len(self.features)
+        num_convs = self.num_convs if isinstance(self.num_convs, tuple) else (self.num_convs,)
+        num_convs = num_convs * depth if len(num_convs) == 1 else num_convs
+        sizes = (self.features, num_convs, tuple(kernel_sizes), tuple(strides))
+        if self.encoder == "residual":
+            return encoders.ResidualEncoder(*sizes, self.dropout, style, name="encoder")
+        return encoders.PlainEncoder(*sizes, self.down, self.dropout, style, name="encoder")

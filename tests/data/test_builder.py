@@ -324,3 +324,19 @@ def test_a_cache_that_lost_its_cases_is_prepared_again(tmp_path, dataset):
     shutil.rmtree(plan_path.parent / "case_builder")
     store, _, _ = prepare(dataset, tmp_path)
     assert store["case_02"].case_id == "case_02"
+
+
+def test_border_weights_are_stored_apart_and_read_back(tmp_path, dataset, count_reads):
+    plain, _, _ = prepare(dataset, tmp_path / "cache")
+    options = {"w0": 10.0, "sigma": 5.0}
+    stores = [prepare(dataset, tmp_path / "cache", border_weight=options)[0] for _ in range(2)]
+    assert len(count_reads) == 2 * len(dataset.cases)  # the third finds the second's
+    for case in dataset.cases:
+        assert plain[case.case_id].weight is None
+        instances, affine = volumes.read_instances(case.label_path, dataset.label_values)
+        plan = preprocess.Plan((1.0, 1.0, 2.0), ("zscore",), ((),), 1, 1)
+        instances = preprocess.preprocess_instances(instances, affine, plan)
+        expected = preprocess.border_weights(instances, **options)
+        assert expected.max() > expected.min()
+        for store in stores:
+            np.testing.assert_array_equal(store[case.case_id].weight, expected)

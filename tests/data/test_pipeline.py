@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -285,3 +286,70 @@ def test_a_small_case_is_padded_in_training_as_in_inference(shape, patch_size):
 
     off = {"augment_params": OFF, "patch_size": patch_size, "num_channels": 3, "batch_size": 1}
     assert_equal(batches({"a": case}, num_steps=1, **off), [expected])
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch_size", "margin"),
+    [
+        ((20, 17, 3), (12, 10), (3, 2)),
+        ((9, 1, 3), (20, 10), (3, 2)),
+        ((12, 9, 7), (8, 6, 6), (2,) * 3),
+    ],
+)
+def test_with_a_margin_the_labelled_window_stays_inside_and_the_image_is_mirrored(
+    shape, patch_size, margin
+):
+    case = make_case(np.ones(shape))
+    region = tuple(p + 6 for p in patch_size)
+    rank = len(patch_size)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        image, label, valid = sample_region(case, rng, region, patch_size, 0.5, margin)
+        z = int(image[..., 2].flat[0]) - 1 if rank == 2 else slice(None)
+        mirrored = np.pad(case.image[:, :, z], [(40, 40)] * rank + [(0, 0)], mode="reflect")
+        known = np.pad(case.label[:, :, z], 40)
+        # Where the region may lie: there the mirrored image and the scan are equal to it.
+        labels = np.lib.stride_tricks.sliding_window_view(known, region)
+        images = np.lib.stride_tricks.sliding_window_view(mirrored, region, range(rank))
+        images = np.moveaxis(images, rank, -1)
+        axes = tuple(range(rank, 2 * rank))
+        assert ((labels == label).all(axes) & (images == image).all((*axes, -1))).any()
+        np.testing.assert_array_equal(valid, label)
+        inner = tuple(slice(3 + m, 3 + p - m) for p, m in zip(patch_size, margin, strict=True))
+        for axis in range(rank):
+            size, window_size = shape[axis], patch_size[axis] - 2 * margin[axis]
+            inside = valid[inner].any(tuple(a for a in range(rank) if a != axis)).sum()
+            assert inside == min(size, window_size)
+
+
+def test_all_of_the_scan_can_be_in_the_labelled_window():
+    case = make_case(np.ones((9, 5, 1)))
+    seen = np.zeros((9, 5), bool)
+    for seed in range(200):
+        image, _, valid = sample_region(
+            case, np.random.default_rng(seed), (7, 7), (7, 7), 0, (2, 2)
+        )
+        window = image[2:5, 2:5][valid[2:5, 2:5] > 0].astype(int) - 1
+        seen[window[:, 0], window[:, 1]] = True
+    assert seen.all()
+
+
+def test_the_weight_of_a_case_becomes_valid():
+    case = make_case(np.ones((6, 5, 2)))
+    weight = np.random.default_rng(0).uniform(1, 9, (6, 5, 2)).astype(np.float32)
+    case = dataclasses.replace(case, weight=weight)
+    image, _, valid = sample_region(case, np.random.default_rng(0), (8, 9), (8, 9), 0.5)
+    z = int(image[..., 2].max()) - 1
+    expected = np.zeros((8, 9), np.float32)
+    expected[1:7, 2:7] = weight[:, :, z]
+    np.testing.assert_array_equal(valid, expected)
+
+
+def test_weights_pass_augmentation_unchanged_in_value():
+    store = make_store(1)
+    weight = np.random.default_rng(0).choice([1.5, 2.5, 9.5], (14, 13, 4)).astype(np.float32)
+    store = {name: dataclasses.replace(case, weight=weight) for name, case in store.items()}
+    (batch, *_) = batches(store)
+    assert set(np.unique(batch["valid"])) == {0, 1.5, 2.5, 9.5} or set(
+        np.unique(batch["valid"])
+    ) == {1.5, 2.5, 9.5}

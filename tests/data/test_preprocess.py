@@ -8,7 +8,13 @@ from PIL import Image
 from jaxseg import geometry
 from jaxseg.data import preprocess
 from jaxseg.data.cases import Case, DatasetProblems
-from jaxseg.data.preprocess import Plan, make_plan, preprocess_image, preprocess_label
+from jaxseg.data.preprocess import (
+    Plan,
+    border_weights,
+    make_plan,
+    preprocess_image,
+    preprocess_label,
+)
 
 # Clips nothing in sight, subtracts 0 and divides by 1.
 UNCHANGED = (-1e9, 1e9, 0.0, 1.0)
@@ -317,3 +323,56 @@ def test_a_few_bright_voxels_on_an_even_background_survive_normalisation():
     np.testing.assert_allclose(
         prepared[..., 0], (image[..., 0] - image.mean()) / image.std(dtype=np.float64), rtol=1e-5
     )
+
+
+def border_weights_by_hand(instances, w0, sigma):
+    """Every distance of every voxel to every cell."""
+    cells = instances > 0
+    share = cells.mean()
+    weights = np.where(cells, 0.5 / share, 0.5 / (1 - share))
+    for voxel in np.argwhere(~cells):
+        distances = sorted(
+            np.sqrt(((np.argwhere(instances == cell) - voxel) ** 2).sum(1).min())
+            for cell in np.unique(instances[cells])
+        )
+        if len(distances) > 1:
+            total = distances[0] + distances[1]
+            weights[tuple(voxel)] += w0 * np.exp(-(total**2) / (2 * sigma**2))
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(17, 14, 1), (9, 8, 7)])
+@pytest.mark.parametrize(("w0", "sigma"), [(10.0, 5.0), (3.0, 0.5)])
+def test_border_weights_follow_the_paper(shape, w0, sigma):
+    rng = np.random.default_rng(0)
+    instances = np.zeros(shape, np.int32)
+    for cell in (5, 70000, 3, 8):
+        corner = [rng.integers(0, max(n - 2, 1)) for n in shape]
+        instances[tuple(slice(c, c + 2) for c in corner)] = cell
+    assert len(np.unique(instances)) == 5
+    expected = border_weights_by_hand(instances, w0, sigma)
+    result = border_weights(instances, w0=w0, sigma=sigma)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_border_weights_are_highest_in_the_narrowest_gap():
+    instances = np.zeros((9, 20, 1), np.int32)
+    instances[:, :6], instances[:, 7:12], instances[:, 15:] = 1, 2, 3
+    weights = border_weights(instances)[4, :, 0]
+    background = 9 * 20 / (2 * 9 * 4)
+    np.testing.assert_allclose(weights[6], background + 10 * np.exp(-4 / 50), rtol=1e-5)
+    np.testing.assert_allclose(weights[13], background + 10 * np.exp(-16 / 50), rtol=1e-5)
+    np.testing.assert_allclose(weights[:6], 9 * 20 / (2 * 9 * 16), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cell", [0, 1])
+def test_border_weights_of_one_class_are_one(cell):
+    np.testing.assert_array_equal(border_weights(np.full((4, 5, 1), cell)), np.ones((4, 5, 1)))
+
+
+def test_border_weights_of_one_cell_balance_alone():
+    instances = np.zeros((4, 5, 1), int)
+    instances[1, 1:3] = 6
+    expected = np.where(instances > 0, 20 / (2 * 2), 20 / (2 * 18))
+    np.testing.assert_allclose(border_weights(instances), expected, rtol=1e-6)

@@ -149,7 +149,9 @@ def test_all_faults_of_a_file_are_named(tmp_path):
     by_prefix = subject_from_regex("([a-z0-9]+)_")
     message = message_of(split_from_file, path, case_ids, subject_of=by_prefix)
     assert message.startswith(path)
-    assert "names cases that the dataset lacks: gone_7, gone_8" in message
+    assert (
+        "names cases that the dataset lacks or the split leaves unused: gone_7, gone_8" in message
+    )
     assert "leaves cases out: s02_L, s02_R" in message
     assert "s00 in train and val" in message
     assert "s01 in test and train" in message
@@ -201,3 +203,13 @@ def test_a_fold_of_a_file_with_one_split_is_missing(tmp_path):
     path.write_text('{"train": ["a"], "val": ["b"]}')
     with pytest.raises(SplitProblem, match="fold 1 is missing, the file holds a single split"):
         splits.split_from_file(path, ["a", "b"], fold=1)
+
+
+def test_unused_cases_are_in_no_set_and_may_share_a_subject_with_one(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"train": ["a1"], "val": ["b1"], "unused": ["a2", "b2"]}))
+    split = split_from_file(path, ["a1", "a2", "b1", "b2"], subject_of=lambda case: case[0])
+    assert split == {"train": ["a1"], "val": ["b1"], "test": []}
+    path.write_text(json.dumps({"train": ["a1"], "val": ["b1"], "unused": ["b1"]}))
+    with pytest.raises(SplitProblem, match="leaves unused: b1"):
+        split_from_file(path, ["a1", "b1"])

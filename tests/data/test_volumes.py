@@ -428,3 +428,25 @@ def test_real_picture_with_an_alpha_channel_is_grey():
     root = shared_data("axondeepseg_sem")
     image, _ = volumes.read_image(root / "sub-rat6" / "micr" / "sub-rat6_sample-data15_SEM.png")
     assert image.shape == (744, 1154, 1, 1)
+
+
+def test_read_instances_takes_the_values_of_an_instance_map(tmp_path):
+    values = np.array([[0, 7, 7], [300, 0, 7]], np.uint16)
+    save_picture(tmp_path / "cells.png", values)
+    instances, _ = volumes.read_instances(str(tmp_path / "cells.png"), None)
+    np.testing.assert_array_equal(instances[..., 0], values)
+
+
+@pytest.mark.parametrize("label_values", [None, (0, 9)])
+def test_read_instances_of_a_mask_are_what_hangs_together(tmp_path, label_values):
+    values = np.array([[9, 0, 9], [9, 0, 0], [0, 9, 0]], np.uint8)
+    save_picture(tmp_path / "mask.png", values)
+    instances, _ = volumes.read_instances(str(tmp_path / "mask.png"), label_values)
+    np.testing.assert_array_equal(instances[..., 0], [[1, 0, 2], [1, 0, 0], [0, 3, 0]])
+
+
+def test_read_instances_of_two_classes_are_apart_where_they_touch(tmp_path):
+    values = np.array([[1, 1, 2], [0, 0, 2], [1, 0, 0]], np.uint8)
+    save_picture(tmp_path / "mask.png", values)
+    instances, _ = volumes.read_instances(str(tmp_path / "mask.png"), (0, 1, 2))
+    np.testing.assert_array_equal(instances[..., 0], [[1, 1, 3], [0, 0, 3], [2, 0, 0]])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxseg.models.blocks import ConvBlock
-from jaxseg.models.fcn import FCN, Upsample, bilinear_kernel, transposed_convolution
+from jaxseg.models.fcn import FCN, Upsample, bilinear_kernel
 from jaxseg.models.summary import count_parameters
 
 FEATURES = (2, 3, 4, 5, 6)
@@ -40,6 +40,12 @@ def oracle_transposed(x, kernel, factor):
     return out[(slice(None), *keep)]
 
 
+def cropped(x, factor):
+    """The full transposed convolution without its overhang, half at either end."""
+    keep = (slice(factor // 2, n - (factor - factor // 2)) for n in x.shape[1:-1])
+    return x[(slice(None), *keep)]
+
+
 def oracle_max_pool(x):
     height, width = (-(-n // 2) for n in x.shape[1:3])
     out = np.empty((x.shape[0], height, width, x.shape[3]))
@@ -60,27 +66,14 @@ def test_bilinear_kernel_by_hand():
     )
 
 
-@pytest.mark.parametrize(("shape", "factor"), [((3, 4), 2), ((3, 2), 4), ((2, 1, 3), 2)])
-def test_transposed_convolution_against_numpy(shape, factor):
-    x = random_array(2, *shape, 3)
-    kernel = random_array(*(2 * factor,) * len(shape), 3, 2, seed=1)
-    # The library's convolution correlates: its kernel is the mirror image.
-    mirrored = np.flip(kernel, range(len(shape)))
-    np.testing.assert_allclose(
-        transposed_convolution(x, jnp.asarray(mirrored), factor),
-        oracle_transposed(x, kernel, factor),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-
-
 @pytest.mark.parametrize(("shape", "factor"), [((6, 5), 2), ((4, 5), 8), ((4, 3, 3), 2)])
 def test_upsampling_an_affine_ramp_is_exact_inside(shape, factor):
     slopes = np.arange(2, 2 + len(shape))
     coarse = np.tensordot(slopes, np.indices(shape), axes=1) + 1.0
     fine_at = (np.indices([factor * n for n in shape]) + 0.5) / factor - 0.5
     expected = np.tensordot(slopes, fine_at, axes=1) + 1.0
-    result = Upsample(factor, learned=False).apply({}, coarse[None, ..., None].astype(np.float32))
+    coarse = coarse[None, ..., None].astype(np.float32)
+    result = cropped(Upsample(factor, learned=False).apply({}, coarse), factor)
     inside = tuple(slice(factor // 2, factor * n - factor // 2) for n in shape)
     np.testing.assert_allclose(result[0, ..., 0][inside], expected[inside], rtol=0, atol=1e-5)
 
@@ -90,7 +83,7 @@ def test_upsampling_is_linear_resizing_away_from_the_border(shape, factor):
     scores = random_array(2, *shape, 3)
     new_shape = tuple(factor * n for n in shape)
     expected = jax.image.resize(scores, (2, *new_shape, 3), "linear")
-    result = Upsample(factor, learned=False).apply({}, scores)
+    result = cropped(Upsample(factor, learned=False).apply({}, scores), factor)
     assert result.shape == expected.shape
     inside = (slice(None), *(slice(factor // 2, n - factor // 2) for n in new_shape))
     np.testing.assert_allclose(result[inside], expected[inside], rtol=1e-5, atol=1e-5)
@@ -126,10 +119,10 @@ def test_logits_are_scores_of_the_right_pools_added_from_coarse_to_fine(head):
             mutable=["intermediates"],
         )
     )(variables, image)
-    stages = state["intermediates"]
+    stages = state["intermediates"]["encoder"]
 
     def score(pool):
-        (stage,) = stages[f"stage{pool}"]["__call__"]
+        (stage,) = stages[f"stage{pool - 1}"]["__call__"]
         score = params[f"score{pool}"]
         return oracle_max_pool(np.asarray(stage)) @ score["kernel"][0, 0] + score["bias"]
 
@@ -237,3 +230,24 @@ def test_dropout_only_while_training_and_on_the_coarsest_scores_alone():
     variables["params"]["score5"]["kernel"] *= 0
     deaf = jax.jit(model.apply)(variables, image)
     np.testing.assert_allclose(train(variables, key), deaf, rtol=1e-5, atol=1e-5)
+
+
+def test_published_network_has_the_published_size():
+    # 134 million in table 1 of Long et al. 2015: VGG16's 14,714,688, then fc6, fc7 and the scores.
+    fc6, fc7, scores = (7 * 7 * 512 + 1) * 4096, (4096 + 1) * 4096, (4096 + 1) * 21
+    model = FCN(21, encoder="vgg16", features=(), head="32s", padding="paper", upsample="fixed")
+    assert count_parameters(model, (64, 64, 3)) == 14_714_688 + fc6 + fc7 + scores == 134_346_581
+    eight = model.clone(head="8s", upsample="learned")
+    skips = (512 + 1) * 21 + (256 + 1) * 21
+    ups = (4**2 + 4**2 + 16**2) * 21**2
+    assert count_parameters(eight, (64, 64, 3)) == 134_346_581 + skips + ups
+
+
+@pytest.mark.parametrize("padding", ["same", "paper"])
+@pytest.mark.parametrize("head", SKIPS)
+@pytest.mark.parametrize("shape", [(224, 224), (500, 375), (33, 57), (1, 1)])
+def test_vgg_logits_have_the_size_of_the_image_whatever_it_is(padding, head, shape):
+    model = FCN(3, encoder="vgg16", features=(), head=head, padding=padding)
+    image = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
+    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    assert logits.shape == (1, *shape, 3)

@@ -1,9 +1,15 @@
 """Sizes that are printed before a run, against hand counts."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 import pytest
 
-from jaxseg.models.summary import count_flops, count_parameters, summarise_model
+from jaxseg.models.summary import (
+    count_flops,
+    count_parameters,
+    summarise_model,
+    training_memory,
+)
 from jaxseg.models.unet import UNet
 
 
@@ -39,3 +45,13 @@ def test_summary_names_model_parameters_operations_and_image():
     assert summarise_model(Pixelwise(), (100, 200, 2)) == (
         "Pixelwise: 2,000 parameters, 0.08 GFLOP forward per 100x200x2 image"
     )
+
+
+def test_memory_counts_what_the_gradient_needs():
+    class SquaredSum(nn.Module):
+        @nn.compact
+        def __call__(self, image):
+            return jnp.sum(nn.Dense(7, use_bias=False)(image) ** 2)
+
+    # The image for the kernel's gradient and the 7 outputs for the square's; float32.
+    assert training_memory(SquaredSum(), (5, 2)) == 4 * (5 * 2 + 5 * 7)

@@ -1,5 +1,6 @@
 """U-Net: its size, its alignment, and that 2D and 3D are one network."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxseg.models.blocks import Dropout
-from jaxseg.models.summary import count_parameters
+from jaxseg.models.summary import count_parameters, training_memory
 from jaxseg.models.unet import UNet
 
 
@@ -31,17 +32,18 @@ def random_variables(model, image, seed=1):
 def count_by_hand(
     rank, channels, num_classes, features, num_convs=2, norm="instance", up="conv", **_
 ):
+    decoder_convs = 2
     norm_size = 0 if norm == "none" else 2
     bias_size = 1 if norm in ("none", "group") else 0
 
-    def block(before, after):
+    def block(before, after, num_convs=decoder_convs):
         first = 3**rank * before * after
         others = (num_convs - 1) * 3**rank * after * after
         return first + others + num_convs * (norm_size + bias_size) * after
 
-    total = block(channels, features[0])
+    total = block(channels, features[0], num_convs)
     for fine, coarse in itertools.pairwise(features):
-        total += block(fine, coarse)
+        total += block(fine, coarse, num_convs)
         if up == "conv":
             total += 2**rank * coarse * fine + fine + block(2 * fine, fine)
         else:
@@ -186,3 +188,131 @@ def test_dropout_only_while_training_and_at_the_two_coarsest_resolutions():
     assert channels == [8, 10]
     np.testing.assert_array_equal(first, train(jax.random.key(1)))
     assert not np.allclose(first, train(jax.random.key(2)))
+
+
+PAPER = {
+    "features": (64, 128, 256, 512, 1024),
+    "norm": "none",
+    "activation": "relu",
+    "down": "max_pool",
+    "padding": "valid",
+}
+
+
+def logits_of(model, *shape, **options):
+    """Shapes of what a model returns for an image of that shape; nothing is computed."""
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    logits = jax.eval_shape(functools.partial(model.apply, **options), variables, image)
+    return jax.tree.map(lambda leaf: leaf.shape, logits)
+
+
+def test_published_network_has_the_published_size_and_output():
+    # Ronneberger et al. 2015, figure 1, and 23 convolutional layers counted by hand with biases.
+    model = UNet(2, **PAPER)
+    assert logits_of(model, 1, 572, 572, 1) == (1, 388, 388, 2)
+    assert count_parameters(model, (572, 572, 1)) == 31_030_658
+
+
+@pytest.mark.parametrize("shape", [(576, 572), (572, 571), (180, 188)])
+def test_published_network_refuses_maps_that_do_not_halve(shape):
+    with pytest.raises(ValueError, match="must halve its maps exactly"):
+        logits_of(UNet(2, **PAPER), 1, *shape, 1)
+
+
+def test_without_padding_the_centre_is_that_of_a_network_that_sees_more():
+    model = UNet(2, **PAPER | {"features": (3, 4, 5)})
+    image = random_image(1, 76, 60, 1)
+    variables = random_variables(model, image)
+    apply = jax.jit(model.apply)
+    whole = apply(variables, image)
+    assert whole.shape == (1, 36, 20, 2)
+    part = apply(variables, image[:, 4:68, 4:56])  # shifted by the network's stride
+    assert np.std(part) > 0.01
+    np.testing.assert_allclose(part, whole[:, 4:28, 4:16], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "encoder_size"),
+    # torchvision's published counts (138,357,544, 11,689,512, 21,797,672, 25,557,032) without the
+    # fully connected layers.
+    [
+        ("vgg16", 14_714_688),
+        ("resnet18", 11_689_512 - 513_000),
+        ("resnet34", 21_797_672 - 513_000),
+        ("resnet50", 25_557_032 - 2_049_000),
+    ],
+)
+def test_published_encoders_have_their_published_size(encoder, encoder_size):
+    model = UNet(3, features=(), encoder=encoder)
+    image = jax.ShapeDtypeStruct((1, 65, 64, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]["encoder"]
+    params.pop("full", None)  # at full resolution, of which the published ResNets have nothing
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == encoder_size
+    assert logits_of(model, 1, 65, 64, 3) == (1, 65, 64, 3)
+
+
+@pytest.mark.parametrize("encoder", ["plain", "residual"])
+def test_deep_supervision_returns_all_scales_but_the_two_coarsest_while_training(encoder):
+    options = {"features": (2, 3, 4, 5), "encoder": encoder, "num_convs": 1}
+    model = UNet(3, deep_supervision=True, **options)
+    assert logits_of(model, 1, 17, 16, 1, train=True) == ((1, 17, 16, 3), (1, 9, 8, 3))
+    assert logits_of(model, 1, 17, 16, 1) == (1, 17, 16, 3)
+    assert logits_of(UNet(3, **options), 1, 17, 16, 1, train=True) == (1, 17, 16, 3)
+
+
+def test_deep_supervision_trains_the_same_finest_logits():
+    model = UNet(3, features=(2, 3, 4, 5), num_convs=1, deep_supervision=True)
+    image = random_image(1, 17, 16, 1)
+    variables = random_variables(model, image)
+    finest, _ = model.apply(variables, image, train=True)
+    np.testing.assert_array_equal(finest, model.apply(variables, image))
+
+
+def test_strides_and_kernels_of_one_are_slices_seen_alone():
+    model = UNet(
+        2, features=(3, 4), num_convs=1, kernel_sizes=((3, 3, 1),) * 2, strides=((2, 2, 1),)
+    )
+    model = model.clone(norm="none")
+    volume = random_image(1, 7, 6, 3, 1)
+    variables = random_variables(model, volume)
+    flat = jax.tree.map(lambda leaf: leaf[:, :, 0] if leaf.ndim == 5 else leaf, variables)
+    slices = UNet(2, features=(3, 4), num_convs=1, norm="none")
+    logits = model.apply(variables, volume)
+    assert np.std(logits) > 0.005
+    for z in range(3):
+        expected = slices.apply(flat, volume[:, :, :, z])
+        np.testing.assert_allclose(logits[:, :, :, z], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["plain", "residual"])
+def test_remat_changes_neither_parameters_nor_gradient(encoder):
+    kept = UNet(2, features=(3, 4, 5), encoder=encoder, num_convs=1, norm="batch")
+    again = kept.clone(remat=True)
+    image = random_image(2, 9, 8, 1)
+    variables = random_variables(kept, image)
+    variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
+    weight = random_image(2, 9, 8, 2, seed=3)
+
+    def gradient(model):
+        def loss(params):
+            logits, updated = model.apply(
+                variables | {"params": params}, image, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(weight * logits), updated
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    for a, b in zip(*(jax.tree.leaves(gradient(m)) for m in (kept, again)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert training_memory(again, (64, 64, 1)) < 0.5 * training_memory(kept, (64, 64, 1))
+
+
+def test_residual_encoder_counts_by_hand():
+    # Stem, then blocks of two convolutions, with a projection where channels change.
+    model = UNet(2, features=(4, 6), encoder="residual", num_convs=(1, 2), decoder_convs=1)
+    stem = 9 * 1 * 4 + 8
+    stage0 = 2 * (9 * 16 + 8)
+    stage1 = 9 * 4 * 6 + 9 * 36 + 4 * 6 + (2 * 9 * 36 + 4 * 6) + (4 * 6 + 12)
+    decoder = 4 * 6 * 4 + 4 + (9 * 8 * 4 + 8) + (4 * 2 + 2)
+    assert count_parameters(model, (16, 16, 1)) == stem + stage0 + stage1 + decoder

@@ -1,0 +1,234 @@
+"""Encoders: an image [B, *S, C] to one feature map per resolution, finest first.
+
+All are called as `encoder(image, train)`. `VGG16` and `ResNet` are the published networks, so that
+published weights fit; the others are sized by their attributes.
+"""
+
+import flax.linen as nn
+
+from jaxseg.models import formulations
+from jaxseg.models.blocks import (
+    Conv,
+    ConvBlock,
+    Dropout,
+    Norm,
+    ResidualBlock,
+    Style,
+    in_blocks,
+    per_axis,
+)
+
+
+class PlainEncoder(nn.Module):
+    """Blocks of convolutions; between them a pooling, or a stride in the next block's first.
+
+    Attributes:
+      features, num_convs, kernel_sizes: channels, convolutions and kernel of each resolution.
+      strides: from each resolution to the next, one entry fewer.
+      down: "conv" (strided convolution) or "max_pool".
+      dropout: share of channels dropped at the two coarsest resolutions while training.
+      style: of all blocks.
+    """
+
+    features: tuple[int, ...]
+    num_convs: tuple[int, ...]
+    kernel_sizes: tuple
+    strides: tuple
+    down: str
+    dropout: float
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, train):
+        maps = []
+        block = in_blocks(ConvBlock, self.style)
+        for level, features in enumerate(self.features):
+            strides = self.strides[level - 1] if level else 1
+            if level and self.down == "max_pool":
+                window = per_axis(strides, x.ndim - 2)
+                if self.style.padding == "valid":
+                    check_exact_pooling(x.shape[1:-1], window, level)
+                x, strides = formulations.max_pool(x, window), 1
+            x = block(
+                features,
+                self.num_convs[level],
+                self.style,
+                self.kernel_sizes[level],
+                strides,
+                name=f"stage{level}",
+            )(x, train)
+            if 0 < level >= len(self.features) - 2:
+                x = Dropout(self.dropout, self.style.axis_name)(x, train)
+            maps.append(x)
+        return maps
+
+
+def check_exact_pooling(shape, window, level):
+    """Raises ValueError if blocks do not fill `shape`: unpadded maps would lose their centre."""
+    if any(n % w for n, w in zip(shape, window, strict=True)):
+        raise ValueError(
+            f"a U-Net without padding must halve its maps exactly, but the one before level "
+            f"{level} measures {'x'.join(map(str, shape))}; with two 3-wide convolutions per level "
+            "and depth 5 an image side of 572 fits, as do those that differ by a multiple of 16"
+        )
+
+
+class ResidualEncoder(nn.Module):
+    """A stem and residual blocks, `num_blocks` at each resolution: nnU-Net's ResEnc.
+
+    Attributes: as `PlainEncoder`; the first block of a resolution strides.
+    """
+
+    features: tuple[int, ...]
+    num_blocks: tuple[int, ...]
+    kernel_sizes: tuple
+    strides: tuple
+    dropout: float
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, train):
+        maps = []
+        stem = in_blocks(ConvBlock, self.style)
+        x = stem(self.features[0], 1, self.style, self.kernel_sizes[0], name="stem")(x, train)
+        for level, features in enumerate(self.features):
+            x = ResidualStage(
+                features,
+                self.num_blocks[level],
+                self.style,
+                self.kernel_sizes[level],
+                self.strides[level - 1] if level else 1,
+                name=f"stage{level}",
+            )(x, train)
+            if 0 < level >= len(self.features) - 2:
+                x = Dropout(self.dropout, self.style.axis_name)(x, train)
+            maps.append(x)
+        return maps
+
+
+class ResidualStage(nn.Module):
+    """Residual blocks of one resolution; the first may stride."""
+
+    features: int
+    num_blocks: int
+    style: Style
+    kernel_size: int | tuple[int, ...]
+    strides: int | tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, train):
+        block = in_blocks(ResidualBlock, self.style)
+        for i in range(self.num_blocks):
+            strides = self.strides if i == 0 else 1
+            x = block(self.features, self.style, self.kernel_size, strides, name=f"block{i}")(
+                x, train
+            )
+        return x
+
+
+VGG16_FEATURES = (64, 128, 256, 512, 512)
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16, each map before its pooling; strides 1, 2, 4, 8, 16.
+
+    14,714,688 parameters for an RGB image (Simonyan and Zisserman 2015, configuration D).
+    """
+
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, train):
+        maps = []
+        for stage, num_convs in enumerate((2, 2, 3, 3, 3), start=1):
+            if stage > 1:
+                x = formulations.max_pool(x, per_axis(2, x.ndim - 2))
+            for i in range(1, num_convs + 1):
+                features = VGG16_FEATURES[stage - 1]
+                x = nn.relu(Conv(features, dtype=self.style.dtype, name=f"conv{stage}_{i}")(x))
+            maps.append(x)
+        return maps
+
+
+RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+FULL_FEATURES = 32
+
+
+def resnet_features(num_layers):
+    """Channels of `ResNet`'s maps."""
+    factor = 4 if num_layers == 50 else 1
+    return (FULL_FEATURES, 64, *(factor * f for f in (64, 128, 256, 512)))
+
+
+class ResNet(nn.Module):
+    """ResNet-18, -34 or -50; strides 1, 2, 4, 8, 16, 32.
+
+    The published network sees nothing at full resolution: a block of two convolutions does.
+
+    Reference: He et al. 2016; in ResNet-50 the 3x3 convolution strides, as in torchvision.
+    """
+
+    num_layers: int
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, train):
+        style, rank = self.style, x.ndim - 2
+        maps = [ConvBlock(FULL_FEATURES, 2, style, name="full")(x, train)]
+        x = Conv(64, 7, 2, use_bias=False, dtype=style.dtype, name="conv1")(x)
+        x = nn.relu(_batch_norm(style, "bn1")(x, train))
+        maps.append(x)
+        x = nn.max_pool(x, (3,) * rank, (2,) * rank, ((1, 1),) * rank)
+        block = in_blocks(ResNetBlock, style)
+        for layer, num_blocks in enumerate(RESNET_BLOCKS[self.num_layers], start=1):
+            for i in range(num_blocks):
+                strides = 2 if layer > 1 and i == 0 else 1
+                name = f"layer{layer}_{i}"
+                x = block(32 * 2**layer, self.num_layers == 50, strides, style, name=name)(x, train)
+            maps.append(x)
+        return maps
+
+
+class ResNetBlock(nn.Module):
+    """Two 3-wide convolutions, or a bottleneck of 1, 3 and 1, beside a shortcut."""
+
+    features: int
+    bottleneck: bool
+    strides: int
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, train):
+        def conv(x, number, features, size, strides=1):
+            layer = Conv(
+                features,
+                size,
+                strides,
+                use_bias=False,
+                dtype=self.style.dtype,
+                name=f"conv{number}",
+            )
+            return _batch_norm(self.style, f"bn{number}")(layer(x), train)
+
+        if self.bottleneck:
+            y = nn.relu(conv(x, 1, self.features, 1))
+            y = nn.relu(conv(y, 2, self.features, 3, self.strides))
+            y = conv(y, 3, 4 * self.features, 1)
+        else:
+            y = nn.relu(conv(x, 1, self.features, 3, self.strides))
+            y = conv(y, 2, self.features, 3)
+        if y.shape != x.shape:
+            layer = Conv(
+                y.shape[-1],
+                1,
+                self.strides,
+                use_bias=False,
+                dtype=self.style.dtype,
+                name="downsample_conv",
+            )
+            x = _batch_norm(self.style, "downsample_bn")(layer(x), train)
+        return nn.relu(x + y)
+
+
+def _batch_norm(style, name):
+    return Norm("batch", style.axis_name, style.freeze_batch_stats, name=name)

@@ -1,0 +1,194 @@
+"""One function, several ways to compute it: each operation as it is fastest on the backend.
+
+Parameters have one layout whatever the formulation, so a checkpoint moves between backends; tests
+hold each formulation to the plain one, forward and gradient. Arrays are [B, *S, C].
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def convolve(x, kernel, strides, padding):
+    """Correlation, as `lax` and torch call it convolution.
+
+    A 1-wide kernel is a matrix product. In 3D XLA's own convolution is slow on CPU: there it is
+    computed slice by slice.
+
+    Args:
+      x: [B, *S, C].
+      kernel: [*K, C, F].
+      strides: one per axis.
+      padding: (zeros in front, zeros behind) for each axis.
+    Returns:
+      [B, *S', F].
+    """
+    rank = x.ndim - 2
+    unpadded = all(pad == (0, 0) for pad in padding)
+    if math.prod(kernel.shape[:rank]) == 1 and unpadded:
+        step = (slice(None), *(slice(None, None, s) for s in strides))
+        return x[step] @ kernel.reshape(kernel.shape[-2:])
+    native = functools.partial(convolve_native, strides=strides, padding=padding)
+    if rank < 3:
+        return native(x, kernel)
+    by_slices = functools.partial(convolve_by_slices, strides=strides, padding=padding)
+    return lax.platform_dependent(x, kernel, cpu=by_slices, default=native)
+
+
+def convolve_native(x, kernel, strides, padding):
+    """`convolve` by XLA's own convolution."""
+    spatial = "DHW"[3 - (x.ndim - 2) :]
+    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+def convolve_by_slices(x, kernel, strides, padding):
+    """`convolve` in 3D as 2D convolutions of slices, one for each tap along the first axis.
+
+    With few channels the taps become channels of one convolution; where there are fewer features
+    than channels they become its features, to be shifted and added.
+    """
+    batch, depth, channels, features = *x.shape[:2], x.shape[-1], kernel.shape[-1]
+    taps, stride, pad = kernel.shape[0], strides[0], padding[0]
+    new_depth = (depth + sum(pad) - taps) // stride + 1
+
+    def convolve_slices(x, kernel):
+        flat = x.reshape(-1, *x.shape[2:])
+        y = convolve_native(flat, kernel, strides[1:], padding[1:])
+        return y.reshape(batch, -1, *y.shape[1:])
+
+    def shifted(x):
+        x = jnp.pad(x, [(0, 0), pad, *[(0, 0)] * (x.ndim - 2)])
+        end = stride * (new_depth - 1) + 1
+        return [x[:, t : t + end : stride] for t in range(taps)]
+
+    if channels < 8:
+        stacked = jnp.concatenate(shifted(x), axis=-1)
+        folded = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, features)
+        return convolve_slices(stacked, folded)
+    return sum(map(convolve_slices, shifted(x), kernel))
+
+
+def upconvolve(x, kernel):
+    """Transposed convolution whose stride is its kernel: out[k i + t] = x[i] @ kernel[t].
+
+    No two inputs meet in one output, so it is a matrix product per voxel and a rearrangement.
+
+    Args:
+      x: [B, *S, C].
+      kernel: [*K, C, F].
+    Returns:
+      [B, *(S K), F].
+    """
+    factors = kernel.shape[:-2]
+    flat = jnp.moveaxis(kernel, -2, 0).reshape(kernel.shape[-2], -1)
+    return depth_to_space(x @ flat, factors)
+
+
+def transposed_convolve(x, kernel, factor):
+    """Transposed convolution of stride `factor` and twice that width, in full.
+
+    Each block of the output sees two inputs per axis: a 2-wide convolution and a rearrangement.
+
+    Args:
+      x: [B, *S, C].
+      kernel: [2 factor, ..., C, F]; out[factor i + t] += x[i] @ kernel[t].
+      factor: stride along every axis.
+    Returns:
+      [B, *((S + 1) factor), F].
+    """
+    rank, (channels, features) = x.ndim - 2, kernel.shape[-2:]
+    # Block j holds tap t of input j and tap t + factor of input j - 1.
+    taps = kernel.reshape(*(2, factor) * rank, channels, features)
+    order = (*range(0, 2 * rank, 2), 2 * rank, *range(1, 2 * rank, 2), 2 * rank + 1)
+    taps = jnp.flip(taps.transpose(order), range(rank)).reshape(*(2,) * rank, channels, -1)
+    blocks = convolve_native(x, taps, (1,) * rank, ((1, 1),) * rank)
+    return depth_to_space(blocks, (factor,) * rank)
+
+
+def depth_to_space(x, factors):
+    """Moves `factors` from channels to space: [B, *S, prod(factors) F] to [B, *(S factors), F]."""
+    rank = len(factors)
+    batch, *shape, channels = x.shape
+    x = x.reshape(batch, *shape, *factors, channels // math.prod(factors))
+    order = [0, *(axis for i in range(rank) for axis in (1 + i, 1 + rank + i)), 2 * rank + 1]
+    return x.transpose(order).reshape(
+        batch, *(n * f for n, f in zip(shape, factors, strict=True)), -1
+    )
+
+
+def max_pool(x, window):
+    """Maximum over blocks; an odd end forms a smaller block.
+
+    The gradient goes to the first of equal values, as in torch.
+
+    Args:
+      x: [B, *S, C].
+      window: size of a block along each axis.
+    Returns:
+      [B, *ceil(S / window), C].
+    """
+    blocks = _blocks(x, window, -jnp.inf)
+    result = blocks[0]
+    for block in blocks[1:]:
+        result = jnp.where(block > result, block, result)
+    return result
+
+
+def avg_pool(x, window):
+    """Mean over blocks of [B, *S, C]; an odd end forms a smaller block."""
+    counts = _blocks(jnp.ones((1, *x.shape[1:-1], 1), x.dtype), window, 0)
+    return sum(_blocks(x, window, 0)) / sum(counts)
+
+
+def _blocks(x, window, fill):
+    """The entries of all blocks: for each place in a block, an array over the blocks."""
+    rest = [(0, -n % w) for n, w in zip(x.shape[1:-1], window, strict=True)]
+    x = jnp.pad(x, [(0, 0), *rest, (0, 0)], constant_values=fill)
+    places = [x]
+    for axis, w in enumerate(window, start=1):
+        places = [lax.slice_in_dim(p, i, None, w, axis) for p in places for i in range(w)]
+    return places
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def instance_norm(x, scale, bias, eps):
+    """Zero mean and unit variance per example and channel, then `scale` and `bias` [C].
+
+    Args:
+      x: [B, *S, C]; statistics are float32 whatever the dtype, in two passes.
+      eps: added to the variance.
+    Returns:
+      As x.
+    """
+    return _instance_norm(x, scale, bias, eps)[0]
+
+
+def _instance_norm(x, scale, bias, eps):
+    axes = tuple(range(1, x.ndim - 1))
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(axes, keepdims=True)
+    var = jnp.square(x32 - mean).mean(axes, keepdims=True)
+    inverse_sd = lax.rsqrt(var + eps)
+    y = (x32 - mean) * (inverse_sd * scale) + bias
+    return y.astype(x.dtype), (x, scale, bias, mean, inverse_sd)
+
+
+def _instance_norm_backward(eps, kept, dy):
+    x, scale, bias, mean, inverse_sd = kept
+    axes = tuple(range(1, x.ndim - 1))
+    dy32 = dy.astype(jnp.float32)
+    normal = (x.astype(jnp.float32) - mean) * inverse_sd
+    mean_dy = dy32.mean(axes, keepdims=True)
+    mean_dy_normal = (dy32 * normal).mean(axes, keepdims=True)
+    dx = (scale * inverse_sd) * (dy32 - mean_dy - normal * mean_dy_normal)
+    size = math.prod(x.shape[1:-1])
+    dscale = (size * mean_dy_normal).sum(0).reshape(-1)
+    dbias = (size * mean_dy).sum(0).reshape(-1)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+instance_norm.defvjp(_instance_norm, _instance_norm_backward)
