@@ -17,14 +17,14 @@ def get_config():
     config.data.label_pattern = "derivatives/labels/{dir}/{case}_seg-axonmyelin-manual.png"
     config.data.class_names = ("background", "myelin", "axon")
     config.data.label_values = (0, 127, 255)
-    config.data.patch_size = (192, 192)
+    config.data.patch_size = (128, 128)
     config.data.foreground_fraction = 0.5
     config.split.subject_regex = r"(sub-rat\d+)_"
     config.split.test_regex = r"sub-rat[578]"
     config.split.val_fraction = 0.25
     config.model.features = (16, 32, 64, 128)
     config.train.num_steps = 600
-    config.train.batch_size = 6
+    config.train.batch_size = 4
     config.train.eval_every = 300
     config.train.checkpoint_every = 300
     return config
