@@ -46,10 +46,8 @@ def noise_case(seed, num_channels):
     label = np.zeros(shape, np.uint8)
     label[40:120, 40:120, 16:48] = 1
     return PreparedCase(
-        case_id=f"case{seed}",
         image=rng.normal(size=(*shape, num_channels)).astype(np.float32),
         label=label,
-        affine=np.eye(4),
         original_affine=np.eye(4),
         original_shape=shape,
         locations=(np.argwhere(label)[::64],),

@@ -35,13 +35,30 @@ def blending_weights(patch_size):
     return np.maximum(weights / weights.max(), 1e-3).astype(np.float32)
 
 
+def mirrored_indices(start, stop, size):
+    """Continues an axis beyond its ends by mirroring it about its outermost voxels.
+
+    The voxel at the edge is not repeated; beyond the length of the axis it is mirrored again.
+
+    Args:
+      start, stop: range of positions, which may begin below 0 and end above `size`.
+      size: length of the axis.
+    Returns:
+      [stop - start] int, the voxel in [0, size) to show at each position.
+    """
+    period = max(2 * (size - 1), 1)
+    position = np.arange(start, stop) % period
+    return np.minimum(position, period - position)
+
+
 def predict_case(predict_fn, image, label, *, patch_size, batch_size, margin=()):
     """Class probabilities of one whole preprocessed case.
 
     Every batch has the same shape, so the network is compiled once. The case is padded with zeros,
     evenly on both sides, where it is smaller than the patch, as in training. A network that labels
     only the centre of its patch gets overlapping patches with `margin` around what it labels, and
-    sees the case mirrored beyond its border: the overlap-tile strategy of Ronneberger et al. 2015.
+    sees the case mirrored instead, in all padding: the overlap-tile strategy of Ronneberger et al.
+    2015.
 
     Args:
       predict_fn: function from a batch (dict of image [B, *P, C] float32, label [B, *P] int32 and
@@ -64,8 +81,13 @@ def predict_case(predict_fn, image, label, *, patch_size, batch_size, margin=())
     padding = np.stack([missing - missing // 2, missing // 2], axis=1)
     shape = tuple(label.shape + missing)
     around = [tuple(pair) for pair in padding + margin[:, None]]
+    if margin.any():
+        ranges = zip(around, label.shape, strict=True)
+        image = image[np.ix_(*(mirrored_indices(-low, n + high, n) for (low, high), n in ranges))]
+    else:
+        image = np.pad(image, [*around, (0, 0)])
     arrays = {
-        "image": np.pad(image, [*around, (0, 0)], mode="reflect" if margin.any() else "constant"),
+        "image": image,
         "label": np.pad(label.astype(np.int32), around),
         "valid": np.pad(np.ones(label.shape, np.float32), around),
     }

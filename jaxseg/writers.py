@@ -108,9 +108,12 @@ class StepProgress:
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary name beside `path` that takes its place if nothing fails."""
-    stem, suffix = os.path.splitext(path)
-    temporary = f"{stem}.tmp{suffix}"
+    """Yields a temporary name beside `path` that takes its place if nothing fails.
+
+    No two processes share that name. It ends as `path` does, since a suffix can choose the format.
+    """
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
         yield temporary
         os.replace(temporary, path)

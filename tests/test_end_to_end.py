@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg import writers
+from jaxseg import checkpoint, writers
 
 TINY = (
     "--config.data.patch_size=(16,16)",
@@ -66,7 +66,8 @@ def test_volumes_in_trained_network_and_scores_out(tmp_path, make_msd_folder):
             assert np.asarray(image).std() > 0
 
 
-def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
+def make_pictures(tmp_path):
+    """Six RGB pictures of a bright box in noise, and their masks."""
     data = tmp_path / "pictures"
     (data / "images").mkdir(parents=True)
     (data / "masks").mkdir()
@@ -78,6 +79,11 @@ def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
         image = rng.integers(0, 60, (40, 52, 3)).astype(np.uint8) + (mask[..., None] // 2)
         Image.fromarray(image).save(data / "images" / f"p{index}.png")
         Image.fromarray(mask).save(data / "masks" / f"p{index}.png")
+    return data
+
+
+def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
+    data = make_pictures(tmp_path)
     done = run_main(
         tmp_path,
         f"--config.data.dir={data}",
@@ -98,6 +104,79 @@ def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
     for case in evaluation["cases"]:
         with Image.open(tmp_path / "run" / "test" / f"{case}.png") as image:
             assert image.size == (52, 40)
+
+
+def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(tmp_path, make_msd_folder):
+    network = ("--config.model.features=(4,8)", "--config.model.dropout=0.0")
+    steps = ("--config.train.num_steps=20", "--config.train.eval_every=20")
+    steps += ("--config.optim.warmup_steps=0", "--config.train.batch_size=2")
+    done = run_main(
+        tmp_path,
+        f"--config.data.dir={make_pictures(tmp_path)}",
+        f"--config.workdir={tmp_path}/pretrained",
+        "--config.data.patch_size=(44,44)",
+        *network,
+        *steps,
+        config="configs/unet2015.py",
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(next((tmp_path / "pretrained" / "test").glob("*.png"))) as image:
+        assert image.size == (52, 40)
+
+    done = run_main(
+        tmp_path,
+        f"--config.data.dir={make_msd_folder()}",
+        f"--config.init.checkpoint={tmp_path}/pretrained",
+        '--config.optim.groups=(("encoder", 0.0, 0),)',
+        "--config.data.patch_size=(16,16,8)",
+        "--config.augment.flip.axes=(0,)",
+        "--config.model.norm=none",
+        "--config.model.activation=relu",
+        "--config.model.down=max_pool",
+        *network,
+        *steps,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "from 3 to 1 input channels" in done.stdout
+    assert "skipped head/kernel: " in done.stdout
+    before, after = (
+        checkpoint.load_variables(str(tmp_path / run / "checkpoints"))["params"]
+        for run in ("pretrained", "run")
+    )
+    kernel = before["encoder"]["stage1"]["conv0"]["kernel"]
+    inflated = np.repeat(kernel[:, :, None], 3, axis=2) * np.float32(1 / 3)
+    np.testing.assert_array_equal(after["encoder"]["stage1"]["conv0"]["kernel"], inflated)
+    moved = after["up0"]["conv0"]["bias"] != before["up0"]["conv0"]["bias"]
+    assert moved.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--config.init.checkpoint=resnet18.pth"],
+            ["resnet18-f37072fd.pth", "https://download.pytorch.org/models/"],
+        ),
+        (
+            ['--config.optim.groups=(("encodr", 0.0, 0),)'],
+            ["'encodr' decides about no parameter", "encoder/stage0/conv0/kernel"],
+        ),
+    ],
+)
+def test_weights_and_groups_that_do_not_fit_are_one_message(
+    tmp_path, make_msd_folder, arguments, words
+):
+    done = run_main(tmp_path, f"--config.data.dir={make_msd_folder()}", *TINY, *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words)
+
+
+def test_a_patch_that_an_unpadded_network_can_not_take_is_refused_at_once(tmp_path):
+    done = run_main(tmp_path, "--config.model.padding=valid", "--config.model.down=max_pool")
+    assert done.returncode == 2
+    assert "must halve its maps exactly" in done.stderr and "(104, 120)" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_misspelt_field_and_value_is_listed_with_the_nearest(tmp_path):

@@ -65,7 +65,7 @@ def augment(image, label, valid, seed, *, patch_size, params):
     Args:
       image: Region, [*R, C] float32, of static shape.
       label: Class indices, [*R] integer.
-      valid: 1 where a voxel counts, [*R] float32.
+      valid: Weight of each voxel in the loss, 0 where it does not count, [*R] float32.
       seed: [2] integer; the same seed gives the same result.
       patch_size: Voxels per axis P, a tuple of 2 or 3 ints.
       params: From each transform's name to its options, `prob` among them (see `jaxseg.config`).

@@ -24,20 +24,16 @@ class PreparedCase:
     """A case as the network sees it, with what is needed to go back.
 
     Attributes:
-      case_id: name.
       image: [X, Y, Z, C] float32, normalised, RAS+ grid of the plan's spacing.
       label: [X, Y, Z] uint8 class indices.
-      affine: [4, 4] float64 of that grid.
       original_affine: [4, 4] float64 of the file.
       original_shape: (X, Y, Z) of the file.
       locations: for each foreground class present, [N, 3] voxels of that class.
       weight: [X, Y, Z] float32, what each voxel counts in the loss; None means 1.
     """
 
-    case_id: str
     image: np.ndarray
     label: np.ndarray
-    affine: np.ndarray
     original_affine: np.ndarray
     original_shape: tuple[int, ...]
     locations: tuple[np.ndarray, ...]
@@ -51,7 +47,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
     never mistaken for a finished one.
     """
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
 
     def __init__(self, *, data_dir, border_weight=None, dataset=None, plan=None, progress=iter):
         self._border_weight = border_weight
@@ -62,11 +58,9 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         features = {
-            "case_id": tfds.features.Text(),
             "image": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float32, encoding="bytes"),
             "label": tfds.features.Tensor(shape=(None,) * 3, dtype=np.uint8, encoding="zlib"),
             # Without an encoding TFDS would store float32.
-            "affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float64, encoding="bytes"),
             "original_affine": tfds.features.Tensor(
                 shape=(4, 4), dtype=np.float64, encoding="bytes"
             ),
@@ -93,17 +87,14 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
         for index, case in enumerate(self._progress(dataset.cases)):
             image, affine = read_image(case.image_path)
             label, label_affine = read_label(case.label_path, dataset.label_values)
-            original_shape = np.asarray(image.shape[:3], np.int32)
-            prepared, prepared_affine = preprocess.preprocess_image(image, affine, self._plan)
+            prepared, _ = preprocess.preprocess_image(image, affine, self._plan)
             record = {
-                "case_id": case.case_id,
                 "image": prepared,
                 "label": preprocess.preprocess_label(
                     label, label_affine, self._plan, len(dataset.class_names)
                 ),
-                "affine": prepared_affine,
                 "original_affine": affine,
-                "original_shape": original_shape,
+                "original_shape": np.asarray(image.shape[:3], np.int32),
             }
             if self._border_weight:
                 instances = preprocess.preprocess_instances(
@@ -131,10 +122,8 @@ class CaseStore:
         label = record["label"]
         present = np.unique(label)
         return PreparedCase(
-            case_id=record["case_id"].decode(),
             image=record["image"],
             label=label,
-            affine=record["affine"],
             original_affine=record["original_affine"],
             original_shape=tuple(map(int, record["original_shape"])),
             locations=tuple(_locations(label == c) for c in present[present > 0]),

@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from jaxseg.data.augment import augment, region_size
+from jaxseg.inference import mirrored_indices
 
 
 def train_batches(
@@ -52,7 +53,7 @@ def train_batches(
     def fetch(example, case_index):
         rng = np.random.Generator(np.random.Philox(key=[seed, example]))
         case = store[case_ids[case_index]]
-        return sample_region(case, rng, region, patch_size, foreground_fraction, margin)
+        return sample_region(case, rng, region, patch_size, foreground_fraction, margin=margin)
 
     def load(position):
         step, place = position // local_size, position % local_size
@@ -81,7 +82,7 @@ def train_batches(
     )
 
 
-def sample_region(case, rng, region, patch_size, foreground_fraction, margin=()):
+def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=()):
     """Draws a patch of a case and cuts the larger region around it that augmentation needs.
 
     The patch, without its margin, lies inside the scan where the scan is larger, and is centred on
@@ -125,24 +126,16 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, margin=())
         low, high = max(start, 0), min(start + width, size)
         inside.append(slice(low, high))
         target.append(slice(low - start, high - start))
-        mirrored.append(_mirrored(np.arange(start, start + width), size))
+        mirrored.append(mirrored_indices(start, start + width, size))
     inside, target = tuple(inside), tuple(target)
 
-    region_image = np.zeros((*region, image.shape[-1]), np.float32)
+    if any(margin):
+        region_image = image[np.ix_(*mirrored)]
+    else:
+        region_image = np.zeros((*region, image.shape[-1]), np.float32)
+        region_image[target] = image[inside]
     region_label = np.zeros(region, np.int32)
     region_valid = np.zeros(region, np.float32)
-    if any(margin):
-        region_image[:] = image[np.ix_(*mirrored)]
-    else:
-        region_image[target] = image[inside]
     region_label[target] = label[inside]
     region_valid[target] = 1 if weight is None else weight[inside]
     return region_image, region_label, region_valid
-
-
-def _mirrored(index, size):
-    """Where in an axis of `size` an index lies after reflection about its first and last voxel."""
-    if size == 1:
-        return np.zeros_like(index)
-    index = index % (2 * (size - 1))
-    return np.minimum(index, 2 * (size - 1) - index)

@@ -11,7 +11,6 @@ import gzip
 import io
 import math
 import os
-import pathlib
 import zlib
 
 import nibabel
@@ -23,6 +22,7 @@ from PIL import Image
 from scipy import ndimage
 
 from jaxseg import geometry
+from jaxseg.writers import replacing
 
 # Largest difference of any entry between the affines of files on one grid.
 AFFINE_TOLERANCE_MM = 1e-3
@@ -87,10 +87,7 @@ def read_label(path, label_values):
       FileProblem: The file is missing, damaged, of another kind, has an unusable affine, or holds
         other values.
     """
-    values, affine = decode_label(path)
-    problems = affine_problems(path, affine)
-    if problems:
-        raise problems[0]
+    values, affine = _decode_placed_label(path)
     return encode_label(path, values, label_values), affine
 
 
@@ -103,15 +100,19 @@ def read_instances(path, label_values):
     Args:
       path, label_values: As for `read_label`.
     Returns:
-      (instances, affine): [X, Y, Z] int32, 0 in the background, and [4, 4] float64 in mm.
+      (instances, affine): [X, Y, Z] int32, 0 in the background, objects numbered from 1 without
+      gaps, those of an instance map in the order of its values; and [4, 4] float64 in mm.
     Raises:
       FileProblem: As `read_label`.
     """
-    values, affine = decode_label(path)
+    values, affine = _decode_placed_label(path)
     label = encode_label(path, values, label_values)
-    if label_values is None and len(np.unique(values[values > 0])) > 1:
-        return np.where(label > 0, values, 0).astype(np.int32), affine
     instances = np.zeros(label.shape, np.int32)
+    if label_values is None:
+        found, order = np.unique(values[label > 0], return_inverse=True)
+        if found.size > 1:
+            instances[label > 0] = order + 1
+            return instances, affine
     for index in range(1, label.max(initial=0) + 1):
         objects, _ = ndimage.label(label == index)
         instances += np.where(objects > 0, objects + instances.max(), 0)
@@ -275,11 +276,21 @@ def write_label(path, label, affine, label_values, like=None):
         content = _png_bytes(path, values)
     else:
         raise ValueError(f"{path}: a label is written as .nii, .nii.gz or .png")
-    _replace_file(path, content)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
 
 
 def _problem(path, wrong, mend):
     return FileProblem(f"{path}: {wrong}; {mend}")
+
+
+def _decode_placed_label(path):
+    """`decode_label` of a file whose affine can be used."""
+    values, affine = decode_label(path)
+    problems = affine_problems(path, affine)
+    if problems:
+        raise problems[0]
+    return values, affine
 
 
 def _load_nifti(path):
@@ -407,13 +418,3 @@ def _png_bytes(path, values):
     buffer = io.BytesIO()
     Image.fromarray(values[..., 0]).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _replace_file(path, content):
-    path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

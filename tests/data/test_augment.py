@@ -302,6 +302,20 @@ def test_valid_of_the_region_travels_with_it():
     np.testing.assert_array_equal(got, np.flip(valid, 0))
 
 
+@pytest.mark.parametrize("patch", [(8, 7), (6, 5, 4)])
+def test_weights_are_never_mixed(patch):
+    region = tuple(p + 4 for p in patch)
+    image, label, _ = example(region)
+    valid = np.random.default_rng(1).permutation(np.arange(1.0, label.size + 1, dtype=np.float32))
+    valid = valid.reshape(region)
+    # Each label names its voxel, so that it says which weight belongs to it.
+    label = np.arange(1, label.size + 1, dtype=np.int32).reshape(region)
+    params = with_options("rotation", "elastic", "scaling", "translation")
+    _, label, got = augment(image, label, valid, patch_size=patch, params=params)
+    assert len(np.unique(got)) > label.size / 4
+    np.testing.assert_array_equal(got, np.append(0, valid.ravel())[label])
+
+
 @pytest.mark.parametrize(("factor", "rank"), [(2.0, 2), (0.7, 2), (1.4, 3)])
 def test_scaling_multiplies_the_size_of_a_ball(factor, rank):
     size = (61, 61, 41)[:rank]

@@ -225,9 +225,13 @@ def test_an_unusable_affine_is_refused(tmp_path, entry, word):
     content = bytearray(path.read_bytes())
     content[280:296] = np.array([entry] * 4, "<f4").tobytes()  # srow_x
     path.write_bytes(content)
-    for read in (volumes.read_image, lambda path: volumes.read_label(path, None)):
+    for read, options in (
+        (volumes.read_image, ()),
+        (volumes.read_label, (None,)),
+        (volumes.read_instances, (None,)),
+    ):
         with pytest.raises(volumes.FileProblem, match=rf"a\.nii: the affine is {word}"):
-            read(path)
+            read(path, *options)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
@@ -434,7 +438,15 @@ def test_read_instances_takes_the_values_of_an_instance_map(tmp_path):
     values = np.array([[0, 7, 7], [300, 0, 7]], np.uint16)
     save_picture(tmp_path / "cells.png", values)
     instances, _ = volumes.read_instances(str(tmp_path / "cells.png"), None)
-    np.testing.assert_array_equal(instances[..., 0], values)
+    np.testing.assert_array_equal(instances[..., 0], [[0, 1, 1], [2, 0, 1]])
+
+
+@pytest.mark.parametrize(("first", "expected"), [(0, [0, 1, 2, 3, 4, 2]), (1, [2, 1, 3, 4, 5, 3])])
+def test_read_instances_keeps_any_two_values_apart(tmp_path, first, expected):
+    values = np.reshape([first, 0.4, 1.2, 1.7, 3e9, 1.2], (2, 3, 1))
+    instances, affine = volumes.read_instances(save_nifti(tmp_path / "a.nii", values), None)
+    np.testing.assert_array_equal(instances.ravel(), expected)
+    np.testing.assert_array_equal(affine, OBLIQUE.astype(np.float64))
 
 
 @pytest.mark.parametrize("label_values", [None, (0, 9)])
