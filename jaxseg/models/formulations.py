@@ -45,31 +45,89 @@ def convolve_native(x, kernel, strides, padding):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve_by_slices(x, kernel, strides, padding):
     """`convolve` in 3D as 2D convolutions of slices, one for each tap along the first axis.
 
-    With few channels the taps become channels of one convolution; where there are fewer features
-    than channels they become its features, to be shifted and added.
+    Matrix products are faster the wider they are, so where it measures faster the taps become
+    channels or features of a single convolution; each gradient goes its own fastest way.
     """
-    batch, depth, channels, features = *x.shape[:2], x.shape[-1], kernel.shape[-1]
-    taps, stride, pad = kernel.shape[0], strides[0], padding[0]
-    new_depth = (depth + sum(pad) - taps) // stride + 1
-
-    def convolve_slices(x, kernel):
-        flat = x.reshape(-1, *x.shape[2:])
-        y = convolve_native(flat, kernel, strides[1:], padding[1:])
-        return y.reshape(batch, -1, *y.shape[1:])
-
-    def shifted(x):
-        x = jnp.pad(x, [(0, 0), pad, *[(0, 0)] * (x.ndim - 2)])
-        end = stride * (new_depth - 1) + 1
-        return [x[:, t : t + end : stride] for t in range(taps)]
-
+    channels, features = kernel.shape[-2:]
     if channels < 8:
-        stacked = jnp.concatenate(shifted(x), axis=-1)
-        folded = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, features)
-        return convolve_slices(stacked, folded)
-    return sum(map(convolve_slices, shifted(x), kernel))
+        return _taps_as_channels(x, kernel, strides, padding)
+    if channels >= WIDE >= features and strides[0] == 1:
+        return _taps_as_features(x, kernel, strides, padding)
+    return _tap_by_tap(x, kernel, strides, padding)
+
+
+def _convolve_by_slices_forward(x, kernel, strides, padding):
+    return convolve_by_slices(x, kernel, strides, padding), (x, kernel)
+
+
+def _convolve_by_slices_backward(strides, padding, kept, dy):
+    x, kernel = kept
+    channels = kernel.shape[-2]
+    by_channels = channels < 8 or (channels == WIDE and strides[0] == 1)
+    for_x = _taps_as_channels if by_channels else _tap_by_tap
+    for_kernel = _taps_as_channels if channels < 8 else _tap_by_tap
+    if channels >= 8 and strides[0] == 1:
+        for_kernel = _tap_after_tap
+    _, pull_x = jax.vjp(lambda x: for_x(x, kernel, strides, padding), x)
+    _, pull_kernel = jax.vjp(lambda kernel: for_kernel(x, kernel, strides, padding), kernel)
+    return *pull_x(dy), *pull_kernel(dy)
+
+
+convolve_by_slices.defvjp(_convolve_by_slices_forward, _convolve_by_slices_backward)
+
+WIDE = 64  # channels from which on a product is wide enough
+
+
+def _tap_by_tap(x, kernel, strides, padding):
+    """Shifted slices, convolved by each tap, added."""
+    shifted = _shifts(x, kernel.shape[0], strides[0], padding[0])
+    taps = [
+        _convolve_slices(s, tap, strides, padding) for s, tap in zip(shifted, kernel, strict=True)
+    ]
+    return sum(taps)
+
+
+def _tap_after_tap(x, kernel, strides, padding):
+    """Slices convolved by each tap, then shifted and added."""
+    total = 0
+    for t, tap in enumerate(kernel):
+        y = _convolve_slices(x, tap, strides, padding)
+        total += _shifts(y, kernel.shape[0], strides[0], padding[0])[t]
+    return total
+
+
+def _taps_as_channels(x, kernel, strides, padding):
+    """Shifted slices as channels of one convolution."""
+    stacked = jnp.concatenate(_shifts(x, kernel.shape[0], strides[0], padding[0]), axis=-1)
+    folded = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+    return _convolve_slices(stacked, folded, strides, padding)
+
+
+def _taps_as_features(x, kernel, strides, padding):
+    """One convolution with the features of all taps, then shifted and added."""
+    num_taps, features = kernel.shape[0], kernel.shape[-1]
+    unfolded = jnp.moveaxis(kernel, 0, -2).reshape(*kernel.shape[1:-1], -1)
+    y = _convolve_slices(x, unfolded, strides, padding)
+    shifted = _shifts(y, num_taps, strides[0], padding[0])
+    return sum(s[..., t * features : (t + 1) * features] for t, s in enumerate(shifted))
+
+
+def _convolve_slices(x, kernel, strides, padding):
+    """2D convolution of every slice across the first axis of x [B, X, Y, Z, C]."""
+    y = convolve_native(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], padding[1:])
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _shifts(x, num_taps, stride, padding):
+    """What each tap along the first axis of x sees."""
+    length = (x.shape[1] + sum(padding) - num_taps) // stride + 1
+    x = jnp.pad(x, [(0, 0), padding, *[(0, 0)] * (x.ndim - 2)])
+    end = stride * (length - 1) + 1
+    return [x[:, t : t + end : stride] for t in range(num_taps)]
 
 
 def upconvolve(x, kernel):
