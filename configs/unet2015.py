@@ -4,7 +4,7 @@ python -m jaxseg.main --config=configs/unet2015.py --config.data.dir=DIR/DSB2018
 
 Unpadded convolutions label the centre of each tile (572 -> 388), images are mirrored at their
 border, and gaps between touching cells weigh more. Plain U-Net of 31 million parameters: for a GPU.
-On a CPU try --config.data.patch_size='(188, 188)' --config.model.features='(16, 32, 64, 128, 256)'.
+On a CPU try --config.data.patch_size='(284, 284)' --config.model.features='(16, 32, 64, 128, 256)'.
 """
 
 from jaxseg.config import base_config

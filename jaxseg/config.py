@@ -388,6 +388,8 @@ def _model_problems(model, rank):
         )
     if not published and not model.features:
         problems.append("model.features is (): give one number per resolution, finest first")
+    if model.freeze_batch_stats and model.norm != "batch" and "resnet" not in model.encoder:
+        problems.append("model.freeze_batch_stats needs batch normalisation in the network")
     if model.norm == "group" and any(_is_number(f) and f % 8 for f in model.features):
         problems.append(f"model.norm 'group' needs features divisible by 8, not {model.features}")
     if model.name == "fcn":
@@ -398,8 +400,20 @@ def _model_problems(model, rank):
         if model.padding == "paper" and model.encoder != "vgg16":
             problems.append("model.padding 'paper' belongs to model.encoder 'vgg16'")
         return problems
+    if not model.num_convs:
+        problems.append("model.num_convs is (): give one number for all resolutions, or one each")
+    if model.decoder_convs < 1:
+        problems.append(f"model.decoder_convs must be at least 1, not {model.decoder_convs}")
+    if model.deep_supervision and depth < 4:
+        problems.append(f"model.deep_supervision needs at least 4 resolutions, not {depth}")
+    if model.down != "conv" and model.encoder != "plain":
+        problems.append(f"model.down {model.down!r} belongs to model.encoder 'plain'")
+    if model.dropout and published:
+        problems.append(
+            f"model.dropout does not reach model.encoder {model.encoder!r}: set it to 0"
+        )
     lengths = {"kernel_sizes": depth, "strides": depth - 1}
-    if len(model.num_convs) != 1:
+    if len(model.num_convs) > 1:
         lengths["num_convs"] = depth
     for name, length in lengths.items():
         entries = model[name]
@@ -409,7 +423,7 @@ def _model_problems(model, rank):
             )
         for entry in entries:
             numbers = _entries(entry)
-            fits = len(numbers) == 1 or (len(numbers) == rank and name != "num_convs")
+            fits = isinstance(entry, int) or (len(numbers) == rank and name != "num_convs")
             if not fits or not all(isinstance(n, int) and n > 0 for n in numbers):
                 problems.append(
                     f"model.{name} must hold whole numbers, or {rank} of them for the axes of the "
@@ -448,6 +462,8 @@ def _group_problems(entry):
 def _training_problems(config):
     problems = []
     optim, train = config.optim, config.train
+    if config.init.strict and not config.init.checkpoint:
+        problems.append("init.strict needs an init.checkpoint")
     for entry in optim.groups:
         problems += _group_problems(entry)
     if not 0 <= config.seed < 2**31:

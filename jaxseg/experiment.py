@@ -146,7 +146,22 @@ def margin_of(config):
         logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
     except ValueError as error:
         raise config_lib.ConfigProblems([f"data.patch_size {patch_size}: {error}"]) from None
-    return tuple((n - m) // 2 for n, m in zip(patch_size, logits.shape[1:-1], strict=True))
+    lost = [n - m for n, m in zip(patch_size, logits.shape[1:-1], strict=True)]
+    if any(n % 2 for n in lost):
+        raise config_lib.ConfigProblems(
+            [
+                f"data.patch_size {patch_size}: logits {logits.shape[1:-1]} do not lie in its "
+                "centre; use odd kernels, or a patch that is one voxel larger"
+            ]
+        )
+    return tuple(n // 2 for n in lost)
+
+
+def check_initial_weights(config):
+    """Raises WeightsProblem if there is nothing where `config.init` looks for weights."""
+    path = os.path.expanduser(config.init.checkpoint)
+    if path and not os.path.exists(path):
+        weights.read_weights(path)
 
 
 def load_initial_weights(config, state, log):

@@ -71,6 +71,8 @@ def train(config):
     try:
         if first_step:
             refuse_another_experiment(workdir, config)
+        else:
+            experiment.check_initial_weights(config)
         with contextlib.closing(writers.RunLog(workdir, first_step)) as log:
             return _train(config, workdir, manager, first_step, log)
     finally:

@@ -211,10 +211,11 @@ def _fit(path, value, shape):
 
 
 def adapt_channels(kernel, num_channels):
-    """Another number of input channels, with the same response to an image of equal channels.
+    """Another number of input channels, with about the response to an image of equal channels.
 
-    One channel gets the sum over the given ones. More get them cyclically, n / num_channels as
-    strong (Wightman's rule in timm).
+    It is the same for one channel, which gets the sum over the given ones, and for multiples of
+    their number n: more channels get them cyclically, n / num_channels as strong (Wightman's rule
+    in timm).
 
     Args:
       kernel: [*K, n, F].

@@ -11,8 +11,17 @@ from jax import lax
 from jaxseg.models import formulations
 
 ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu}
+NORMS = ("instance", "batch", "group", "none")
 EPS = 1e-5
 CHANNELS_PER_GROUP = 8
+
+
+def check_choices(model, **choices):
+    """Raises ValueError if a field of a module is none of its choices."""
+    for name, allowed in choices.items():
+        value = getattr(model, name)
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}")
 
 
 def per_axis(value, rank):
@@ -58,6 +67,11 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1], self.features))
         same = self.padding == "same"
         padding = tuple(((k - 1) // 2, k // 2) if same else (0, 0) for k in size)
+        if not same and any(n < k for n, k in zip(x.shape[1:-1], size, strict=True)):
+            raise ValueError(
+                f"a map of {'x'.join(map(str, x.shape[1:-1]))} is too small for an unpadded "
+                f"convolution {'x'.join(map(str, size))}: give a larger image or fewer resolutions"
+            )
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         x = formulations.convolve(x, kernel, per_axis(self.strides, rank), padding)
         if self.use_bias:
@@ -88,7 +102,7 @@ class Norm(nn.Module):
 
     Attributes:
       kind: "instance" (Ulyanov et al. 2016), "batch" (Ioffe and Szegedy 2015; running mean and
-        variance with momentum 0.9), "group" (8 channels each; Wu and He 2018) or "none".
+        biased variance with momentum 0.9), "group" (8 channels each; Wu and He 2018) or "none".
       axis_name: device axis, so that batch statistics are those of the whole batch.
       frozen: use the running statistics of "batch" also while training, and keep them.
     """

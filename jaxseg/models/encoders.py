@@ -132,7 +132,8 @@ VGG16_FEATURES = (64, 128, 256, 512, 512)
 class VGG16(nn.Module):
     """The convolutions of VGG16, each map before its pooling; strides 1, 2, 4, 8, 16.
 
-    14,714,688 parameters for an RGB image (Simonyan and Zisserman 2015, configuration D).
+    14,714,688 parameters for an RGB image (Simonyan and Zisserman 2015, configuration D). It has no
+    blocks that `remat` could forget.
     """
 
     style: Style
@@ -174,7 +175,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         style, rank = self.style, x.ndim - 2
-        maps = [ConvBlock(FULL_FEATURES, 2, style, name="full")(x, train)]
+        maps = [in_blocks(ConvBlock, style)(FULL_FEATURES, 2, style, name="full")(x, train)]
         x = Conv(64, 7, 2, use_bias=False, dtype=style.dtype, name="conv1")(x)
         x = nn.relu(_batch_norm(style, "bn1")(x, train))
         maps.append(x)

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseg.models import encoders, formulations
-from jaxseg.models.blocks import Conv, Dropout, Style, crop_to
+from jaxseg.models.blocks import (
+    ACTIVATIONS,
+    NORMS,
+    Conv,
+    Dropout,
+    Style,
+    check_choices,
+    crop_to,
+)
 
 # How many finer pooling layers lend their scores to the coarsest one.
 NUM_SKIPS = {"32s": 0, "16s": 1, "8s": 2}
@@ -56,8 +64,8 @@ class FCN(nn.Module):
 
     The network of the paper is `FCN(21, encoder="vgg16", features=(), head="8s", padding="paper",
     dropout=0.5)`: VGG16 with its fully connected layers as convolutions, 134 million parameters
-    before the up-sampling (Long et al. 2015, table 1). The plain encoder is a compact one for
-    medical images.
+    before the up-sampling (Long et al. 2015, table 1). All up-sampling is learned or all is fixed,
+    and dropout drops channels. The plain encoder is a compact one for medical images.
 
     Attributes:
       num_classes: classes to tell apart, background included.
@@ -94,6 +102,15 @@ class FCN(nn.Module):
     @nn.compact
     def __call__(self, image, train=False):
         """Maps an image [B, *S, C] of any float to logits [B, *S, num_classes] float32."""
+        check_choices(
+            self,
+            encoder=("plain", "vgg16"),
+            norm=NORMS,
+            activation=tuple(ACTIVATIONS),
+            head=tuple(NUM_SKIPS),
+            upsample=("learned", "fixed"),
+            padding=("same", "paper"),
+        )
         dtype, rank = jnp.dtype(self.dtype), image.ndim - 2
         paper = self.padding == "paper"
         x = image.astype(dtype)

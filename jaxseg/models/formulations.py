@@ -49,15 +49,25 @@ def convolve_native(x, kernel, strides, padding):
 def convolve_by_slices(x, kernel, strides, padding):
     """`convolve` in 3D as 2D convolutions of slices, one for each tap along the first axis.
 
-    Matrix products are faster the wider they are, so where it measures faster the taps become
-    channels or features of a single convolution; each gradient goes its own fastest way.
+    It goes through a few slices at a time, which stay in the cache from tap to tap.
     """
-    channels, features = kernel.shape[-2:]
-    if channels < 8:
-        return _taps_as_channels(x, kernel, strides, padding)
-    if channels >= WIDE >= features and strides[0] == 1:
-        return _taps_as_features(x, kernel, strides, padding)
-    return _tap_by_tap(x, kernel, strides, padding)
+    num_taps, stride = kernel.shape[0], strides[0]
+    front, behind = padding[0]
+    depth = (x.shape[1] + front + behind - num_taps) // stride + 1
+    num_blocks = -(-depth // 4)
+    size = -(-depth // num_blocks)
+    behind += stride * (num_blocks * size - depth)
+    # Not jnp.pad: the gradient of a wide padding crops, by a negative one.
+    pads = [(0, 0, 0), (front, behind, 0), *[(0, 0, 0)] * (x.ndim - 2)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+
+    def convolve_block(start):
+        block = lax.dynamic_slice_in_dim(x, start, stride * (size - 1) + num_taps, axis=1)
+        return _tap_by_tap(block, kernel, strides, ((0, 0), *padding[1:]))
+
+    blocks = lax.map(convolve_block, stride * size * jnp.arange(num_blocks))
+    blocks = jnp.moveaxis(blocks, 0, 1)
+    return blocks.reshape(x.shape[0], num_blocks * size, *blocks.shape[3:])[:, :depth]
 
 
 def _convolve_by_slices_forward(x, kernel, strides, padding):
@@ -66,20 +76,24 @@ def _convolve_by_slices_forward(x, kernel, strides, padding):
 
 def _convolve_by_slices_backward(strides, padding, kept, dy):
     x, kernel = kept
-    channels = kernel.shape[-2]
-    by_channels = channels < 8 or (channels == WIDE and strides[0] == 1)
-    for_x = _taps_as_channels if by_channels else _tap_by_tap
-    for_kernel = _taps_as_channels if channels < 8 else _tap_by_tap
-    if channels >= 8 and strides[0] == 1:
-        for_kernel = _tap_after_tap
-    _, pull_x = jax.vjp(lambda x: for_x(x, kernel, strides, padding), x)
-    _, pull_kernel = jax.vjp(lambda kernel: for_kernel(x, kernel, strides, padding), kernel)
-    return *pull_x(dy), *pull_kernel(dy)
+    if max(strides) == 1:
+        mirrored = jnp.flip(kernel, (0, 1, 2)).swapaxes(-2, -1)
+        rest = tuple(
+            (k - 1 - front, k - 1 - behind)
+            for k, (front, behind) in zip(kernel.shape, padding, strict=False)
+        )
+        dx = convolve_by_slices(dy, mirrored, strides, rest)
+    else:
+        (dx,) = jax.vjp(lambda x: _tap_by_tap(x, kernel, strides, padding), x)[1](dy)
+    if kernel.shape[-2] < 8:
+        for_kernel = _taps_as_channels
+    else:
+        for_kernel = _tap_after_tap if strides[0] == 1 else _tap_by_tap
+    (dkernel,) = jax.vjp(lambda kernel: for_kernel(x, kernel, strides, padding), kernel)[1](dy)
+    return dx, dkernel
 
 
 convolve_by_slices.defvjp(_convolve_by_slices_forward, _convolve_by_slices_backward)
-
-WIDE = 64  # channels from which on a product is wide enough
 
 
 def _tap_by_tap(x, kernel, strides, padding):
@@ -105,15 +119,6 @@ def _taps_as_channels(x, kernel, strides, padding):
     stacked = jnp.concatenate(_shifts(x, kernel.shape[0], strides[0], padding[0]), axis=-1)
     folded = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
     return _convolve_slices(stacked, folded, strides, padding)
-
-
-def _taps_as_features(x, kernel, strides, padding):
-    """One convolution with the features of all taps, then shifted and added."""
-    num_taps, features = kernel.shape[0], kernel.shape[-1]
-    unfolded = jnp.moveaxis(kernel, 0, -2).reshape(*kernel.shape[1:-1], -1)
-    y = _convolve_slices(x, unfolded, strides, padding)
-    shifted = _shifts(y, num_taps, strides[0], padding[0])
-    return sum(s[..., t * features : (t + 1) * features] for t, s in enumerate(shifted))
 
 
 def _convolve_slices(x, kernel, strides, padding):
@@ -181,7 +186,7 @@ def depth_to_space(x, factors):
 def max_pool(x, window):
     """Maximum over blocks; an odd end forms a smaller block.
 
-    The gradient goes to the first of equal values, as in torch.
+    As in torch, the gradient goes to the first of equal values, and NaN is the largest of all.
 
     Args:
       x: [B, *S, C].
@@ -192,7 +197,7 @@ def max_pool(x, window):
     blocks = _blocks(x, window, -jnp.inf)
     result = blocks[0]
     for block in blocks[1:]:
-        result = jnp.where(block > result, block, result)
+        result = jnp.where((block > result) | jnp.isnan(block), block, result)
     return result
 
 

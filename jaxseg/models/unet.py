@@ -5,11 +5,14 @@ import jax.numpy as jnp
 
 from jaxseg.models import encoders
 from jaxseg.models.blocks import (
+    ACTIVATIONS,
+    NORMS,
     AttentionGate,
     Conv,
     ConvBlock,
     Style,
     UpConv,
+    check_choices,
     crop_to,
     in_blocks,
     per_axis,
@@ -42,7 +45,7 @@ class UNet(nn.Module):
         encoders whose channels are published.
       encoder: "plain", "residual" (nnU-Net's ResEnc), or "vgg16", "resnet18", "resnet34",
         "resnet50", which take published weights.
-      num_convs: convolutions per resolution in the encoder, residual blocks in a "residual" one;
+      num_convs: convolutions per resolution in a "plain" encoder, blocks in a "residual" one;
         one number for all or one each.
       decoder_convs: convolutions per resolution in the decoder.
       kernel_sizes: one entry per resolution, a number or one per axis; () means 3.
@@ -54,7 +57,8 @@ class UNet(nn.Module):
       padding: "same", or "valid": nothing is padded, and logits cover the centre of the image.
       attention: gate the skip connections (Oktay et al. 2018).
       deep_supervision: while training, return logits at all resolutions but the two coarsest.
-      dropout: share of channels dropped at the two coarsest resolutions while training.
+      dropout: share of channels dropped at the two coarsest resolutions while training; not of
+        published encoders.
       freeze_batch_stats: batch normalisation uses and keeps its running statistics while training.
       remat: save memory by computing blocks again in the backward pass.
       dtype: of the computation; parameters and logits are float32.
@@ -90,6 +94,15 @@ class UNet(nn.Module):
         With `deep_supervision` and `train` a tuple of logits, finest first, each [B, *S / strides,
         num_classes]. Without padding S shrinks.
         """
+        check_choices(
+            self,
+            encoder=("plain", "residual", *PUBLISHED),
+            norm=NORMS,
+            activation=tuple(ACTIVATIONS),
+            down=("conv", "max_pool"),
+            up=("conv", "resize"),
+            padding=("same", "valid"),
+        )
         rank = image.ndim - 2
         style = Style(
             self.norm,

@@ -316,3 +316,23 @@ def test_residual_encoder_counts_by_hand():
     stage1 = 9 * 4 * 6 + 9 * 36 + 4 * 6 + (2 * 9 * 36 + 4 * 6) + (4 * 6 + 12)
     decoder = 4 * 6 * 4 + 4 + (9 * 8 * 4 + 8) + (4 * 2 + 2)
     assert count_parameters(model, (16, 16, 1)) == stem + stage0 + stage1 + decoder
+
+
+@pytest.mark.parametrize(
+    ("field", "word"),
+    [
+        ("encoder", "resnet"),
+        ("norm", "layer"),
+        ("down", "avg"),
+        ("up", "x"),
+        ("padding", "reflect"),
+    ],
+)
+def test_an_unknown_word_is_refused_with_the_choices(field, word):
+    with pytest.raises(ValueError, match=f"{field} is '{word}', must be one of '"):
+        logits_of(UNet(2, features=(2, 3), **{field: word}), 1, 8, 8, 1)
+
+
+def test_a_map_that_vanishes_without_padding_is_refused():
+    with pytest.raises(ValueError, match="too small for an unpadded convolution 3x3"):
+        logits_of(UNet(2, **PAPER), 1, 76, 76, 1)
