@@ -63,16 +63,15 @@ def train(config):
     check_batch_size(config)
     experiment.margin_of(config)
     workdir = experiment.workdir_of(config)
+    checkpoints = os.path.join(workdir, "checkpoints")
+    if not os.path.exists(checkpoints):
+        experiment.check_initial_weights(config)
     os.makedirs(workdir, exist_ok=True)
-    manager = checkpoint.open_checkpoints(
-        os.path.join(workdir, "checkpoints"), keep=config.train.keep_checkpoints
-    )
+    manager = checkpoint.open_checkpoints(checkpoints, keep=config.train.keep_checkpoints)
     first_step = manager.latest_step() or 0
     try:
         if first_step:
             refuse_another_experiment(workdir, config)
-        else:
-            experiment.check_initial_weights(config)
         with contextlib.closing(writers.RunLog(workdir, first_step)) as log:
             return _train(config, workdir, manager, first_step, log)
     finally:
