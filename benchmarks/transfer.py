@@ -83,8 +83,7 @@ def main(_):
 
 def train(config, data_dir, workdir, *options, num_steps, eval_every=None):
     """Runs jaxseg.main in `workdir`, unless it has been; prints its last lines."""
-    set_name = "test.json"
-    if os.path.exists(os.path.join(workdir, set_name)):
+    if os.path.exists(os.path.join(workdir, "test.json")):
         return
     command = [sys.executable, "-m", "jaxseg.main", f"--config=configs/{config}.py"]
     command += [f"--config.data.dir={data_dir}", f"--config.workdir={workdir}", *options]

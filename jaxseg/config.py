@@ -244,6 +244,8 @@ def validate(config):
             f"model.name is {config.model.name!r} but the other model fields belong to another "
             f"model: start the config from base_config({config.model.name!r})"
         )
+    else:
+        problems += _model_problems(config.model, len(config.data.patch_size))
 
     for name in POSITIVE:
         if not all(_is_number(v) and v > 0 for v in _entries(fields[name])):
@@ -272,10 +274,6 @@ def validate(config):
             problems.append(f"{name} must be below 1")
 
     problems += _data_problems(config)
-    if config.model.name in MODEL_DEFAULTS and set(config.model) == set(
-        MODEL_DEFAULTS[config.model.name]
-    ):
-        problems += _model_problems(config.model, len(config.data.patch_size))
     problems += _training_problems(config)
     if problems:
         raise ConfigProblems(problems)

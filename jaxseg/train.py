@@ -61,7 +61,7 @@ def train(config):
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
     check_batch_size(config)
-    experiment.margin_of(config)
+    margin = experiment.margin_of(config)
     workdir = experiment.workdir_of(config)
     checkpoints = os.path.join(workdir, "checkpoints")
     if not os.path.exists(checkpoints):
@@ -73,7 +73,7 @@ def train(config):
         if first_step:
             refuse_another_experiment(workdir, config)
         with contextlib.closing(writers.RunLog(workdir, first_step)) as log:
-            return _train(config, workdir, manager, first_step, log)
+            return _train(config, workdir, manager, first_step, margin, log)
     finally:
         checkpoint.close_checkpoints(manager)
 
@@ -129,7 +129,7 @@ def _another_run(workdir, changes):
     )
 
 
-def _train(config, workdir, manager, first_step, log):
+def _train(config, workdir, manager, first_step, margin, log):
     data = experiment.load_data(config, log)
     if first_step:
         refuse_other_data(workdir, data)
@@ -159,7 +159,6 @@ def _train(config, workdir, manager, first_step, log):
         log.text(f"resuming at step {first_step}")
 
     train_step, eval_step = experiment.create_steps(config, model, tx)
-    margin = experiment.margin_of(config)
     run = Run(config, workdir, data, manager, log, train_step, eval_step, margin)
     with stop_signals() as stop:
         state = fit(run, state, first_step, parallel.replicate(step_key), stop)

@@ -167,7 +167,7 @@ def adapt(source, target, *, strict=False):
     trees = {}
     for collection, given in source.items():
         leaves = flatten_dict(target[collection], sep="/")
-        unused += [(path, f"{_shape(given[path])}") for path in given if path not in leaves]
+        unused += [(path, _shape(given[path])) for path in given if path not in leaves]
         for path, leaf in leaves.items():
             if path not in given:
                 skipped.append((path, NOT_IN_SOURCE))

@@ -113,7 +113,7 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=
         image, label = image[:, :, voxel[2]], label[:, :, voxel[2]]
         weight = weight if weight is None else weight[:, :, voxel[2]]
 
-    inside, target, mirrored = [], [], []
+    inside, target, spans = [], [], []
     for axis, (patch, width) in enumerate(zip(patch_size, region, strict=True)):
         centre, size, edge = voxel[axis], label.shape[axis], margin[axis] if margin else 0
         window = patch - 2 * edge
@@ -126,11 +126,11 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=
         low, high = max(start, 0), min(start + width, size)
         inside.append(slice(low, high))
         target.append(slice(low - start, high - start))
-        mirrored.append(mirrored_indices(start, start + width, size))
+        spans.append((start, start + width, size))
     inside, target = tuple(inside), tuple(target)
 
     if any(margin):
-        region_image = image[np.ix_(*mirrored)]
+        region_image = image[np.ix_(*(mirrored_indices(*span) for span in spans))]
     else:
         region_image = np.zeros((*region, image.shape[-1]), np.float32)
         region_image[target] = image[inside]

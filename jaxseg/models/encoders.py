@@ -4,6 +4,8 @@ All are called as `encoder(image, train)`. `VGG16` and `ResNet` are the publishe
 published weights fit; the others are sized by their attributes.
 """
 
+import dataclasses
+
 import flax.linen as nn
 
 from jaxseg.models import formulations
@@ -11,7 +13,6 @@ from jaxseg.models.blocks import (
     Conv,
     ConvBlock,
     Dropout,
-    Norm,
     ResidualBlock,
     Style,
     in_blocks,
@@ -19,13 +20,17 @@ from jaxseg.models.blocks import (
 )
 
 
-class PlainEncoder(nn.Module):
-    """Blocks of convolutions; between them a pooling, or a stride in the next block's first.
+class Encoder(nn.Module):
+    """A stage of convolutions, or of residual blocks after a stem, at each resolution.
+
+    Between stages a pooling, or a stride in the next stage's first convolution.
 
     Attributes:
-      features, num_convs, kernel_sizes: channels, convolutions and kernel of each resolution.
+      features, num_convs, kernel_sizes: channels, convolutions (or residual blocks) and kernel of
+        each resolution.
       strides: from each resolution to the next, one entry fewer.
       down: "conv" (strided convolution) or "max_pool".
+      residual: residual blocks, as in nnU-Net's ResEnc.
       dropout: share of channels dropped at the two coarsest resolutions while training.
       style: of all blocks.
     """
@@ -35,30 +40,34 @@ class PlainEncoder(nn.Module):
     kernel_sizes: tuple
     strides: tuple
     down: str
+    residual: bool
     dropout: float
     style: Style
 
     @nn.compact
     def __call__(self, x, train):
-        maps = []
-        block = in_blocks(ConvBlock, self.style)
+        style, maps = self.style, []
+        block = in_blocks(ConvBlock, style)
+        stage = ResidualStage if self.residual else block
+        if self.residual:
+            x = block(self.features[0], 1, style, self.kernel_sizes[0], name="stem")(x, train)
         for level, features in enumerate(self.features):
             strides = self.strides[level - 1] if level else 1
             if level and self.down == "max_pool":
                 window = per_axis(strides, x.ndim - 2)
-                if self.style.padding == "valid":
+                if style.padding == "valid":
                     check_exact_pooling(x.shape[1:-1], window, level)
                 x, strides = formulations.max_pool(x, window), 1
-            x = block(
+            x = stage(
                 features,
                 self.num_convs[level],
-                self.style,
+                style,
                 self.kernel_sizes[level],
                 strides,
                 name=f"stage{level}",
             )(x, train)
             if 0 < level >= len(self.features) - 2:
-                x = Dropout(self.dropout, self.style.axis_name)(x, train)
+                x = Dropout(self.dropout, style.axis_name)(x, train)
             maps.append(x)
         return maps
 
@@ -71,39 +80,6 @@ def check_exact_pooling(shape, window, level):
             f"{level} measures {'x'.join(map(str, shape))}; with two 3-wide convolutions per level "
             "and depth 5 an image side of 572 fits, as do those that differ by a multiple of 16"
         )
-
-
-class ResidualEncoder(nn.Module):
-    """A stem and residual blocks, `num_blocks` at each resolution: nnU-Net's ResEnc.
-
-    Attributes: as `PlainEncoder`; the first block of a resolution strides.
-    """
-
-    features: tuple[int, ...]
-    num_blocks: tuple[int, ...]
-    kernel_sizes: tuple
-    strides: tuple
-    dropout: float
-    style: Style
-
-    @nn.compact
-    def __call__(self, x, train):
-        maps = []
-        stem = in_blocks(ConvBlock, self.style)
-        x = stem(self.features[0], 1, self.style, self.kernel_sizes[0], name="stem")(x, train)
-        for level, features in enumerate(self.features):
-            x = ResidualStage(
-                features,
-                self.num_blocks[level],
-                self.style,
-                self.kernel_sizes[level],
-                self.strides[level - 1] if level else 1,
-                name=f"stage{level}",
-            )(x, train)
-            if 0 < level >= len(self.features) - 2:
-                x = Dropout(self.dropout, self.style.axis_name)(x, train)
-            maps.append(x)
-        return maps
 
 
 class ResidualStage(nn.Module):
@@ -174,10 +150,11 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        style, rank = self.style, x.ndim - 2
-        maps = [in_blocks(ConvBlock, style)(FULL_FEATURES, 2, style, name="full")(x, train)]
-        x = Conv(64, 7, 2, use_bias=False, dtype=style.dtype, name="conv1")(x)
-        x = nn.relu(_batch_norm(style, "bn1")(x, train))
+        rank = x.ndim - 2
+        style = dataclasses.replace(self.style, norm="batch", activation="relu", padding="same")
+        full = in_blocks(ConvBlock, style)(FULL_FEATURES, 2, self.style, name="full")
+        maps = [full(x, train)]
+        x = style.activate(style.convolve(x, train, 64, 7, 2, conv="conv1", norm="bn1"))
         maps.append(x)
         x = nn.max_pool(x, (3,) * rank, (2,) * rank, ((1, 1),) * rank)
         block = in_blocks(ResNetBlock, style)
@@ -200,36 +177,20 @@ class ResNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        def conv(x, number, features, size, strides=1):
-            layer = Conv(
-                features,
-                size,
-                strides,
-                use_bias=False,
-                dtype=self.style.dtype,
-                name=f"conv{number}",
-            )
-            return _batch_norm(self.style, f"bn{number}")(layer(x), train)
+        features, activate = self.features, self.style.activate
+
+        def convolve(x, number, features, size, strides=1):
+            names = {"conv": f"conv{number}", "norm": f"bn{number}"}
+            return self.style.convolve(x, train, features, size, strides, **names)
 
         if self.bottleneck:
-            y = nn.relu(conv(x, 1, self.features, 1))
-            y = nn.relu(conv(y, 2, self.features, 3, self.strides))
-            y = conv(y, 3, 4 * self.features, 1)
+            y = activate(convolve(x, 1, features, 1))
+            y = activate(convolve(y, 2, features, 3, self.strides))
+            y = convolve(y, 3, 4 * features, 1)
         else:
-            y = nn.relu(conv(x, 1, self.features, 3, self.strides))
-            y = conv(y, 2, self.features, 3)
+            y = activate(convolve(x, 1, features, 3, self.strides))
+            y = convolve(y, 2, features, 3)
         if y.shape != x.shape:
-            layer = Conv(
-                y.shape[-1],
-                1,
-                self.strides,
-                use_bias=False,
-                dtype=self.style.dtype,
-                name="downsample_conv",
-            )
-            x = _batch_norm(self.style, "downsample_bn")(layer(x), train)
-        return nn.relu(x + y)
-
-
-def _batch_norm(style, name):
-    return Norm("batch", style.axis_name, style.freeze_batch_stats, name=name)
+            names = {"conv": "downsample_conv", "norm": "downsample_bn"}
+            x = self.style.convolve(x, train, y.shape[-1], 1, self.strides, **names)
+        return activate(x + y)

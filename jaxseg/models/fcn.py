@@ -162,5 +162,14 @@ class FCN(nn.Module):
         )
         if self.encoder == "vgg16":
             return encoders.VGG16(style, name="encoder")
-        sizes = (self.features, (self.num_convs,) * 5, (3,) * 5, (2,) * 4)
-        return encoders.PlainEncoder(*sizes, "max_pool", 0.0, style, name="encoder")
+        return encoders.Encoder(
+            self.features,
+            (self.num_convs,) * 5,
+            kernel_sizes=(3,) * 5,
+            strides=(2,) * 4,
+            down="max_pool",
+            residual=False,
+            dropout=0.0,
+            style=style,
+            name="encoder",
+        )

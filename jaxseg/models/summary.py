@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 def count_parameters(model, image_shape):
     """Number of parameters of a model for one image of shape (*S, C); nothing is computed."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    _, variables = _abstract(model, image_shape)
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
@@ -16,8 +15,7 @@ def count_flops(model, image_shape):
 
     XLA's own count before optimisation: a multiplication and an addition are two operations.
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    image, variables = _abstract(model, image_shape)
     analysis = jax.jit(model.apply).lower(variables, image).cost_analysis()
     return int(analysis["flops"])
 
@@ -29,8 +27,7 @@ def training_memory(model, image_shape):
     backend; the compiler may keep less. (XLA merges what `remat` computes again on CPU, so that
     there it saves nothing.)
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    image, variables = _abstract(model, image_shape)
 
     def backward(params, rest, image):
         return jax.vjp(lambda params: model.apply({"params": params, **rest}, image), params)[1]
@@ -47,3 +44,9 @@ def summarise_model(model, image_shape):
         f"{type(model).__name__}: {count_parameters(model, image_shape):,} parameters, "
         f"{count_flops(model, image_shape) / 1e9:.2f} GFLOP forward per {size} image"
     )
+
+
+def _abstract(model, image_shape):
+    """Shapes and dtypes of one image (*S, C) in a batch and of the model's variables for it."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return image, jax.eval_shape(model.init, jax.random.key(0), image)

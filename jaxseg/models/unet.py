@@ -1,5 +1,7 @@
 """U-Net: an encoder, a decoder, and a skip connection at every resolution."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -25,7 +27,7 @@ PUBLISHED = {
     **{
         f"resnet{n}": (
             encoders.resnet_features(n),
-            lambda n=n, **options: encoders.ResNet(n, **options),
+            functools.partial(encoders.ResNet, n),
         )
         for n in encoders.RESNET_BLOCKS
     },
@@ -162,7 +164,15 @@ class UNet(nn.Module):
         depth = len(self.features)
         num_convs = self.num_convs if isinstance(self.num_convs, tuple) else (self.num_convs,)
         num_convs = num_convs * depth if len(num_convs) == 1 else num_convs
-        sizes = (self.features, num_convs, tuple(kernel_sizes), tuple(strides))
-        if self.encoder == "residual":
-            return encoders.ResidualEncoder(*sizes, self.dropout, style, name="encoder")
-        return encoders.PlainEncoder(*sizes, self.down, self.dropout, style, name="encoder")
+        residual = self.encoder == "residual"
+        return encoders.Encoder(
+            self.features,
+            num_convs,
+            tuple(kernel_sizes),
+            tuple(strides),
+            down="conv" if residual else self.down,
+            residual=residual,
+            dropout=self.dropout,
+            style=style,
+            name="encoder",
+        )
