@@ -65,25 +65,28 @@ def restore(manager, step, template):
     return manager.restore(step, args=items).state
 
 
-def load_variables(directory):
+def load_variables(directory, step=None):
     """Reads the weights of a run of which nothing else is known, on whatever devices it was.
 
     Args:
       directory: absolute path of its checkpoints; not written to.
+      step: which one; None for that with the best validation Dice, or the last if none was
+        evaluated.
     Returns:
-      {"params", "batch_stats"}: nested dicts of NumPy arrays, of the step with the best validation
-      Dice, or of the last if none was evaluated.
+      {"params", "batch_stats"}: nested dicts of NumPy arrays.
     Raises:
-      FileNotFoundError: there is no checkpoint.
+      FileNotFoundError: there is no such checkpoint.
     """
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_metric)
     handlers = {name: ocp.JsonCheckpointHandler() for name in ("config", "plan", "data")}
     handlers["state"] = ocp.PyTreeCheckpointHandler()
     with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
-        step = manager.best_step()
-        step = manager.latest_step() if step is None else step
         if step is None:
-            raise FileNotFoundError(f"no checkpoint in {directory}")
+            step = manager.best_step()
+        if step is None:
+            step = manager.latest_step()
+        if step not in manager.all_steps():
+            raise FileNotFoundError(f"no checkpoint of step {step} in {directory}")
         saved = manager.item_metadata(step).state
         tree = {name: saved[name] for name in ("params", "batch_stats")}
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

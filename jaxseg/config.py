@@ -97,6 +97,7 @@ POSITIVE = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "predict.buffer_mib",
 )
 
 NOT_NEGATIVE = (
@@ -111,7 +112,13 @@ NOT_NEGATIVE = (
 PUBLISHED_DEPTHS = {"vgg16": 5, "resnet18": 6, "resnet34": 6, "resnet50": 6}
 
 # A resumed run may change these without becoming another experiment.
-FREE_WHEN_RESUMING = ("workdir", "data.cache_dir", "train.log_every", "train.keep_checkpoints")
+FREE_WHEN_RESUMING = (
+    "workdir",
+    "data.cache_dir",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "predict.buffer_mib",
+)
 
 
 class ConfigProblems(ValueError):
@@ -215,6 +222,9 @@ def base_config(model="unet", rank=2):
                 "checkpoint_every": 250,
                 "keep_checkpoints": 2,
             },
+            "predict": {
+                "buffer_mib": 1024,  # most memory for overlapping tiles, whatever the volume
+            },
         }
     )
     return config.lock()
@@ -282,6 +292,27 @@ def validate(config):
 def to_json(config):
     """Returns the config as JSON text, keys sorted: what is saved with a run and compared."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text):
+    """The locked ConfigDict that `to_json` wrote.
+
+    Raises:
+      ConfigProblems: its fields are not those of this version.
+    """
+    saved = _with_tuples(json.loads(text))
+    try:
+        config = base_config(saved["model"]["name"], rank=len(saved["data"]["patch_size"]))
+        config.update(saved)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigProblems([f"it was not written by this version of jaxseg: {error}"]) from None
+    return config
+
+
+def _with_tuples(value):
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def differences(saved_json, new_json):

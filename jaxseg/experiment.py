@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxseg import config as config_lib
-from jaxseg import losses, optim, parallel, steps, transfer, weights
+from jaxseg import losses, optim, parallel, program, steps, transfer, weights
 from jaxseg.data import builder, cases, demo, splits
 from jaxseg.data.verify import verify
 from jaxseg.models import create_model
@@ -197,6 +197,30 @@ def create_tx(config):
         momentum=config.optim.momentum,
         clip_norm=config.optim.clip_norm,
         groups=config.optim.groups,
+    )
+
+
+def create_recipe(config, plan, class_names, margin, **options):
+    """How whole volumes are predicted.
+
+    Args:
+      config: validated ConfigDict.
+      plan: preprocessing Plan.
+      class_names: of all classes, background first.
+      margin: of `margin_of`.
+      **options: fields of `jaxseg.program.Recipe` that are chosen after training.
+    """
+    return program.Recipe(
+        model=create_model_for(config, len(class_names)),
+        class_names=tuple(class_names),
+        patch_size=tuple(config.data.patch_size),
+        margin=margin,
+        batch_size=max(config.train.batch_size // jax.local_device_count(), 1),
+        spacing_mm=plan.spacing_mm,
+        image_order=plan.image_order,
+        statistics=plan.intensity,
+        buffer_bytes=config.predict.buffer_mib << 20,
+        **options,
     )
 
 

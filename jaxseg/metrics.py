@@ -1,11 +1,15 @@
-"""Overlap scores of hard segmentations, per class and per case; numpy, on the host.
+"""Overlap, volume and lesions of hard segmentations, per class and per case; numpy, on the host.
 
 One rule for what is undefined: a score that would be 0 / 0 is NaN, and NaN enters no mean. So a
 class that is absent from both reference and prediction scores NaN throughout (as in nnU-Net); one
-that is absent from only one of them has Dice and IoU 0.
+that is absent from only one of them has Dice and IoU 0. A distance to something that is not there
+is infinite: it enters no mean either, but is counted beside it.
 """
 
 import numpy as np
+from scipy import ndimage
+
+_BLOCK_VOXELS = 1 << 22  # bounds the memory for counting, whatever the volume
 
 
 def confusion_counts(prediction, label, num_classes):
@@ -33,8 +37,12 @@ def confusion_counts(prediction, label, num_classes):
                 f"{name} holds values from {array.min()} to {array.max()}; "
                 f"give class indices from 0 to {num_classes - 1}."
             )
-    joint = label.astype(np.int64) * num_classes + prediction.astype(np.int64)
-    confusion = np.bincount(joint.ravel(), minlength=num_classes**2)
+    prediction, label = prediction.ravel(), label.ravel()
+    confusion = np.zeros(num_classes**2, np.int64)
+    for start in range(0, label.size, _BLOCK_VOXELS):
+        block = slice(start, start + _BLOCK_VOXELS)
+        joint = label[block].astype(np.int64) * num_classes + prediction[block].astype(np.int64)
+        confusion += np.bincount(joint, minlength=num_classes**2)
     confusion = confusion.reshape(num_classes, num_classes)
     tp = np.diagonal(confusion)
     return np.stack([tp, confusion.sum(axis=0) - tp, confusion.sum(axis=1) - tp], axis=1)
@@ -61,6 +69,80 @@ def scores_from_counts(counts):
     }
 
 
+def volumes_from_counts(counts, affine):
+    """Volume of each class in millilitres (1000 mm³).
+
+    Args:
+      counts: tp, fp, fn of each class, [K, 3], as from `confusion_counts`.
+      affine: Voxel to world (mm), [4, 4]; may be oblique, sheared or left-handed.
+    Returns:
+      Dict of [K] float64 each: "volume_ml" of the prediction, "reference_volume_ml", and
+      "volume_error_ml", the first minus the second.
+    """
+    tp, fp, fn = np.asarray(counts, np.float64).T
+    voxel_ml = abs(np.linalg.det(np.asarray(affine, np.float64)[:3, :3])) / 1000
+    return {
+        "volume_ml": (tp + fp) * voxel_ml,
+        "reference_volume_ml": (tp + fn) * voxel_ml,
+        "volume_error_ml": (fp - fn) * voxel_ml,
+    }
+
+
+def lesion_scores(prediction, label, num_classes, min_overlap=0.0):
+    """Detection of lesions: a lesion is what hangs together by faces, edges or corners.
+
+    A lesion of the reference is found if at least one of its voxels, and at least the fraction
+    `min_overlap` of them, are predicted; a predicted lesion is true if the same holds the other way
+    round. recall = found / lesions of the reference, precision = true / predicted lesions, f1 is
+    their harmonic mean. NaN as for voxels: recall without a reference, precision without a
+    prediction; f1 is 0 without one of them, NaN without both.
+
+    Args:
+      prediction: Class indices in [0, num_classes), [X, Y, Z], integer.
+      label: Reference class indices, same shape, integer.
+      num_classes: Number of classes K, background included.
+      min_overlap: In [0, 1].
+    Returns:
+      Dict with "lesion_precision", "lesion_recall" and "lesion_f1": [K] float64 each, in [0, 1] or
+      NaN; NaN for the background.
+    Reference: Commowick et al. 2018, doi:10.1038/s41598-018-31911-7, for scores by lesion.
+    """
+    counts = np.zeros((num_classes, 4))
+    for index, box in class_boxes(prediction, label, num_classes):
+        predicted, reference = prediction[box] == index, label[box] == index
+        counts[index, :2] = _count_met(reference, predicted, min_overlap)
+        counts[index, 2:] = _count_met(predicted, reference, min_overlap)
+    found, num_reference, true, num_predicted = counts.T
+    recall, precision = _ratio(found, num_reference), _ratio(true, num_predicted)
+    denominator = found * num_predicted + true * num_reference
+    f1 = np.where(num_reference + num_predicted > 0, 0.0, np.nan)
+    np.divide(2 * found * true, denominator, out=f1, where=denominator > 0)
+    return {"lesion_precision": precision, "lesion_recall": recall, "lesion_f1": f1}
+
+
+def class_boxes(prediction, label, num_classes):
+    """Smallest box that holds a class in both volumes, for each class but the background.
+
+    Args:
+      prediction: Class indices, [X, Y, Z], integer.
+      label: Class indices, same shape, integer.
+      num_classes: Number of classes K, background included.
+    Yields:
+      (index, box): a class that is there, and one slice per axis.
+    """
+    found = [ndimage.find_objects(a, num_classes - 1) for a in (prediction, label)]
+    for index, boxes in enumerate(zip(*found, strict=True), start=1):
+        there = [box for box in boxes if box is not None]
+        if there:
+            yield (
+                index,
+                tuple(
+                    slice(min(s.start for s in axis), max(s.stop for s in axis))
+                    for axis in zip(*there, strict=True)
+                ),
+            )
+
+
 def mean_foreground(scores):
     """Mean of one score of one case over its classes 1, 2, …, without the NaN.
 
@@ -74,15 +156,15 @@ def mean_foreground(scores):
 
 
 def summarise(scores_by_case):
-    """Mean and spread of each score over cases, class by class, without the NaN.
+    """Mean and spread of each score over cases, class by class, of the finite scores.
 
     Args:
-      scores_by_case: One dict per case from a score's name to [K] numbers, finite or NaN; all with
-        the same names.
+      scores_by_case: One dict per case from a score's name to [K] numbers; all with the same names.
     Returns:
       Dict from each name to a dict of "mean" [K] float64, "sd" [K] float64 (sample standard
-      deviation, ddof=1) and "num" [K] int64, the cases that count. Mean is NaN where num is 0, sd
-      where num is less than 2.
+      deviation, ddof=1), "num" [K] int64, the finite scores, and "num_infinite" [K] int64, the
+      cases that the mean is silent about (a distance to a structure that was missed). Mean is NaN
+      where num is 0, sd where num is less than 2.
     Raises:
       ValueError: there is no case.
     """
@@ -92,18 +174,27 @@ def summarise(scores_by_case):
     for name in scores_by_case[0]:
         by_case = np.stack([scores[name] for scores in scores_by_case]).astype(np.float64)
         mean, sd, num = _statistics(by_case)
-        summary[name] = {"mean": mean, "sd": sd, "num": num}
+        num_infinite = np.isinf(by_case).sum(axis=0)
+        summary[name] = {"mean": mean, "sd": sd, "num": num, "num_infinite": num_infinite}
     return summary
 
 
 def _statistics(values):
-    """Mean, sample standard deviation and number of the values along axis 0 that are not NaN."""
-    counted = ~np.isnan(values)
+    """Mean, sample standard deviation and number of the finite values along axis 0."""
+    counted = np.isfinite(values)
     num = counted.sum(axis=0)
     mean = _ratio(np.sum(values, axis=0, where=counted), num)
-    squares = np.sum((values - mean) ** 2, axis=0, where=counted)
+    squares = np.sum(np.square(values - mean, where=counted, out=np.zeros_like(values)), axis=0)
     sd = np.sqrt(_ratio(squares, np.maximum(num - 1, 0)))
     return mean, sd, num
+
+
+def _count_met(lesions, others, min_overlap):
+    """How many lesions are covered by the others as far as asked, and how many there are."""
+    objects, num = ndimage.label(lesions, structure=np.ones((3,) * lesions.ndim))
+    size = np.bincount(objects[lesions], minlength=num + 1)[1:]
+    covered = np.bincount(objects[lesions & others], minlength=num + 1)[1:]
+    return np.count_nonzero((covered > 0) & (covered >= min_overlap * size)), num
 
 
 def _ratio(numerator, denominator):

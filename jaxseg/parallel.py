@@ -22,8 +22,21 @@ def pmap_train_step(step):
 
 
 def pmap_eval_step(step):
-    """Maps (state, batch) -> (probs, sums): probs [devices, B per device, ...], sums replicated."""
-    return jax.pmap(step, axis_name=AXIS_NAME, in_axes=(None, 0), out_axes=(0, None))
+    """Maps (state, batch) -> sums, replicated."""
+    return jax.pmap(step, axis_name=AXIS_NAME, in_axes=(None, 0), out_axes=None)
+
+
+def pmap_parts(function):
+    """Maps (variables, volume, size, grid, part) over the local devices, each with its own part.
+
+    `part` and what is returned have a leading axis of devices, the rest goes to all of them.
+    """
+    return jax.pmap(
+        function,
+        axis_name=AXIS_NAME,
+        in_axes=(None, None, None, None, 0),
+        devices=jax.local_devices(),
+    )
 
 
 def replicate(tree):
@@ -52,12 +65,6 @@ def shard(batch):
         return jax.make_array_from_process_local_data(sharding, parts)
 
     return jax.tree.map(place, batch)
-
-
-def unshard(x):
-    """Brings [devices, B per device, ...] back to the host as [B, ...]."""
-    x = np.asarray(x)
-    return x.reshape(-1, *x.shape[2:])
 
 
 def prefetch_to_device(batches, size=2):

@@ -77,18 +77,16 @@ def train_step(state, batch, key, *, model, loss_fn, tx, axis_name=None, accumul
 
 
 def eval_step(state, batch, *, model, loss_fn, axis_name=None):
-    """Class probabilities of this device's examples, and the loss summed over all devices.
+    """The loss of the batch, without dropout and with running statistics.
 
     Args:
       state, batch, model, loss_fn, axis_name: as for `train_step`.
     Returns:
-      (probs, sums): probs [B, *S, num_classes] float32; sums holds scalars "loss" and "count", the
-      sum over examples and their number.
+      Dict of scalars "loss" and "count": the sum over examples of all devices, and their number.
     """
     logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch["image"])
     total, count = _sum_over_examples(loss_fn, logits, batch)
-    total, count = _psum((total, count), axis_name)
-    return jax.nn.softmax(logits), {"loss": total, "count": count}
+    return dict(zip(("loss", "count"), _psum((total, count), axis_name), strict=True))
 
 
 def _sum_over_examples(loss_fn, logits, batch):

@@ -11,9 +11,10 @@ import threading
 import jax
 import numpy as np
 
-from jaxseg import checkpoint, evaluate, experiment, parallel, plots, writers
+from jaxseg import checkpoint, evaluate, experiment, finish, metrics, parallel, program, writers
 from jaxseg import config as config_lib
 from jaxseg.data import pipeline, splits
+from jaxseg.data.volumes import read_image, read_label
 from jaxseg.models.summary import summarise_model
 from jaxseg.train_state import create_train_state
 
@@ -33,6 +34,9 @@ class Run:
       manager: checkpoints.
       log: RunLog.
       train_step, eval_step: mapped over the devices.
+      segment_fn: of `jaxseg.program.create_segment_fn`, for "label" and "sample".
+      recipe: that it was made from.
+      val_batches: validation patches, on the devices.
       margin: of `jaxseg.experiment.margin_of`.
     """
 
@@ -43,6 +47,9 @@ class Run:
     log: writers.RunLog
     train_step: object
     eval_step: object
+    segment_fn: object
+    recipe: program.Recipe
+    val_batches: list
     margin: tuple[int, ...]
 
 
@@ -159,13 +166,59 @@ def _train(config, workdir, manager, first_step, margin, log):
         log.text(f"resuming at step {first_step}")
 
     train_step, eval_step = experiment.create_steps(config, model, tx)
-    run = Run(config, workdir, data, manager, log, train_step, eval_step, margin)
+    recipe = experiment.create_recipe(
+        config, data.plan, data.dataset.class_names, margin, outputs=("label", "sample")
+    )
+    run = Run(
+        config=config,
+        workdir=workdir,
+        data=data,
+        manager=manager,
+        log=log,
+        train_step=train_step,
+        eval_step=eval_step,
+        segment_fn=program.create_segment_fn(recipe),
+        recipe=recipe,
+        val_batches=validation_batches(config, data, margin),
+        margin=margin,
+    )
     with stop_signals() as stop:
         state = fit(run, state, first_step, parallel.replicate(step_key), stop)
     if stop.signal:
         return stop.signal
-    finish(run, state)
+    finish.finish(run, state)
     return None
+
+
+def pipeline_options(config, data, margin):
+    """What training and validation patches have in common."""
+    return {
+        "seed": config.seed,
+        "batch_size": config.train.batch_size,
+        "patch_size": tuple(config.data.patch_size),
+        "num_channels": data.num_channels,
+        "foreground_fraction": config.data.foreground_fraction,
+        "margin": margin,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+def validation_batches(config, data, margin):
+    """Patches drawn as for training but not augmented, about four of each validation case.
+
+    They are the same at every evaluation, so that their loss can be compared.
+    """
+    augment = config.augment.to_dict()
+    batches = pipeline.train_batches(
+        data.store,
+        data.split["val"],
+        start_step=0,
+        num_steps=-(-4 * len(data.split["val"]) // config.train.batch_size),
+        augment_params={name: params | {"prob": 0.0} for name, params in augment.items()},
+        **pipeline_options(config, data, margin),
+    )
+    return [parallel.shard(batch) for batch in batches]
 
 
 class StopRequest:
@@ -207,17 +260,10 @@ def fit(run, state, first_step, key, stop):
     batches = pipeline.train_batches(
         run.data.store,
         run.data.split["train"],
-        seed=config.seed,
         start_step=first_step,
         num_steps=num_steps,
-        batch_size=batch_size,
-        patch_size=tuple(config.data.patch_size),
-        num_channels=run.data.num_channels,
-        foreground_fraction=config.data.foreground_fraction,
         augment_params=config.augment.to_dict(),
-        margin=run.margin,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **pipeline_options(config, run.data, run.margin),
     )
     progress = writers.StepProgress(log, first_step, num_steps, batch_size)
     pending = []  # metrics still on the device: fetching them every step would stall it
@@ -272,32 +318,20 @@ def mean_metrics(pending, last_step):
 
 
 def validate(run, state):
-    """Mean loss over patches, and mean Dice over whole validation cases on their own grid."""
-    sums = []
-
-    def predict_fn(batch):
-        probs, batch_sums = run.eval_step(state, parallel.shard(batch))
-        sums.append(batch_sums)
-        return parallel.unshard(probs)
-
-    val_dice = evaluate.mean_dice(result.scores for result in predicted(run, predict_fn, "val"))
-    sums = jax.device_get(sums)
-    val_loss = float(sum(s["loss"] for s in sums) / sum(s["count"] for s in sums))
-    return {"val_loss": val_loss, "val_dice": val_dice}
-
-
-def predicted(run, predict_fn, set_name):
-    """Yields a CaseResult for every case of a set."""
-    return evaluate.evaluate_cases(
-        predict_fn,
-        run.data.store,
-        run.data.cases_of(set_name),
-        label_values=run.data.dataset.label_values,
-        num_classes=run.data.num_classes,
-        patch_size=tuple(run.config.data.patch_size),
-        batch_size=run.config.train.batch_size,
-        margin=run.margin,
-    )
+    """Mean loss over validation patches, and mean Dice over whole cases on their own grid."""
+    sums = jax.device_get([run.eval_step(state, batch) for batch in run.val_batches])
+    variables = finish.members_of(state)
+    dice = []
+    for case in run.data.cases_of("val"):
+        image, affine = read_image(case.image_path)
+        label, _ = read_label(case.label_path, run.data.dataset.label_values)
+        prediction = run.segment_fn(variables, image, affine)["label"]
+        counts = metrics.confusion_counts(prediction, label, run.data.num_classes)
+        dice.append(metrics.scores_from_counts(counts))
+    return {
+        "val_loss": float(sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)),
+        "val_dice": evaluate.mean_dice(dice),
+    }
 
 
 def save(run, step, state, scores):
@@ -311,32 +345,3 @@ def save(run, step, state, scores):
         data=describe_data(run.data),
         metrics=scores,
     )
-
-
-def finish(run, state):
-    """Evaluates the trained network and draws its curves.
-
-    With test cases, the checkpoint with the best validation Dice is evaluated on them. Without, the
-    last step's is evaluated on the validation cases: the best one was chosen by these very cases.
-    """
-    run.manager.wait_until_finished()
-    set_name, step = "val", int(state.step)
-    if run.data.split["test"]:
-        set_name, step = "test", run.manager.best_step()
-        state = checkpoint.restore(run.manager, step, state)
-
-    def predict_fn(batch):
-        return parallel.unshard(run.eval_step(state, parallel.shard(batch))[0])
-
-    table, mean_dice = evaluate.save_evaluation(
-        run.workdir,
-        set_name,
-        predicted(run, predict_fn, set_name),
-        class_names=run.data.dataset.class_names,
-        label_values=run.data.dataset.label_values,
-        about={"set": set_name, "step": step, "data": run.data.fingerprint},
-    )
-    rows = writers.read_metrics(run.workdir)
-    plots.save_learning_curves(os.path.join(run.workdir, "curves.png"), rows)
-    run.log.text(f"\nwhole {set_name} cases, checkpoint of step {step}\n{table}")
-    run.log.text(f"mean {set_name} Dice {mean_dice:.4f}")

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 
-import tensorflow as tf
 from tqdm import tqdm
 
 LOG_NAME = "train.log"
@@ -34,6 +33,9 @@ class RunLog:
         self._metrics = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = None
         if importlib.util.find_spec("tensorboard"):
+            import tensorflow as tf  # takes seconds, which commands that do not train are spared
+
+            self._summary = tf.summary
             self._tensorboard = tf.summary.create_file_writer(os.path.join(workdir, "tensorboard"))
 
     def text(self, line):
@@ -50,7 +52,7 @@ class RunLog:
         if self._tensorboard is not None:
             with self._tensorboard.as_default():
                 for name, value in values.items():
-                    tf.summary.scalar(name, value, step)
+                    self._summary.scalar(name, value, step)
 
     def progress(self, items, title):
         """Wraps an iterable: a bar on a terminal, a line at the end in the log."""

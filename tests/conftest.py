@@ -13,6 +13,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from jaxseg import train
+from jaxseg.config import base_config
+
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -42,9 +45,32 @@ def make_msd_folder(tmp_path):
 
     Each case holds a bright box (class 1) and a brighter one (class 2); spacing is in mm.
     """
+    return _msd_folders_in(tmp_path)
 
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """(workdir, data folder) of a tiny 2D network, trained on what make_msd_folder makes."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = _msd_folders_in(folder)(num_cases=8)
+    config = base_config("unet")
+    config.workdir = str(folder / "run")
+    config.data.dir = str(data)
+    config.data.cache_dir = str(folder / "cache")
+    config.data.patch_size = (16, 16)
+    config.model.features = (8, 16)
+    config.optim.warmup_steps = 0
+    config.optim.learning_rate = 0.02
+    config.train.num_steps = 80
+    config.train.batch_size = 4
+    config.train.eval_every = 80
+    train.train(config)
+    return folder / "run", data
+
+
+def _msd_folders_in(folder_of_all):
     def make(num_cases=6, shape=(20, 18, 8), spacing_mm=(1.0, 1.0, 2.0), name="msd"):
-        root = tmp_path / name
+        root = folder_of_all / name
         for folder in ("imagesTr", "labelsTr"):
             (root / folder).mkdir(parents=True)
         affine = np.diag([*spacing_mm, 1.0])

@@ -1,72 +1,232 @@
+"""Scores of cases against other libraries, and the command from files to files."""
+
 import csv
-import dataclasses
 import json
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
-from jaxseg import evaluate, metrics
-from jaxseg.data import builder, cases
+from jaxseg import evaluate, metrics, statistics
 
-NAN = float("nan")
-OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
-# Second axis to the left, third to the front, first downwards, and shifted.
-TURNED = np.array([[0, -1.1, 0, 9], [0, 0, 2.3, -7], [-0.9, 0, 0, 0.1], [0, 0, 0, 1]])
-TILING = {"patch_size": (16, 16), "batch_size": 3}
-
-
-def predict_reference(batch):
-    """Probabilities 0 and 1, as the label has it."""
-    return np.eye(3, dtype=np.float32)[batch["label"]]
+NAN, INF = float("nan"), float("inf")
+NUM_SHAPES = 200
+CLASSES = ("background", "outer", "inner")
+AFFINE = np.array([[0, -1.5, 0, 9], [0, 0, 2, -7], [-0.5, 0, 0, 1], [0, 0, 0, 1.0]])
 
 
-def predict_nothing(batch):
-    return np.eye(3, dtype=np.float32)[0 * batch["label"]]
+def random_shape(seed):
+    """A pair of masks of one kind of trouble, on an oblique anisotropic grid or in a picture."""
+    rng = np.random.default_rng(seed)
+    size = (*rng.integers(4, 17, 2), 1 if seed % 5 == 4 else rng.integers(4, 17))
+    smooth = ndimage.gaussian_filter(rng.normal(size=(3, *size)), (0, 1.5, 1.5, 1.5))
+    shared = smooth[0] / smooth[0].std()
+    label, prediction = (shared + 0.5 * s / s.std() > 0.4 for s in smooth[1:])
+    kind = seed // 5 % 8
+    if kind == 1:
+        label, prediction = rng.random((2, *size)) < rng.uniform(0.02, 0.2)
+    elif kind == 2:
+        prediction = np.zeros_like(prediction)
+    elif kind == 3:
+        label = np.zeros_like(label)
+    elif kind == 4:
+        label, prediction = np.zeros((2, *size), bool)
+    elif kind == 5:
+        label, prediction = np.zeros((2, *size), bool)
+        for mask in (label, prediction):
+            mask[tuple(rng.integers(0, size))] = True
+    elif kind == 6:
+        label[: size[0] // 2], prediction[: size[0] // 2 + 1] = True, True
+    elif kind == 7:
+        label, prediction = np.ones_like(label), rng.random(size) < 0.9
+    spacing_mm = rng.uniform(0.4, 4, 3)
+    affine = np.eye(4)
+    affine[:3, :3] = np.linalg.qr(rng.normal(size=(3, 3)))[0] * spacing_mm
+    affine[:3, 3] = rng.uniform(-200, 200, 3)
+    return prediction, label, affine, spacing_mm
 
 
-@pytest.fixture
-def dataset(make_msd_folder):
-    """Three cases: one on a turned grid, one without class 2."""
-    root = make_msd_folder(num_cases=3)
-    for name in ("imagesTr", "labelsTr"):
-        path = root / name / "case_01.nii.gz"
-        volume = nibabel.load(path)
-        turned = nibabel.Nifti1Image(np.asarray(volume.dataobj), TURNED)
-        turned.set_qform(TURNED, code=1)
-        turned.set_sform(TURNED, code=2)
-        nibabel.save(turned, path)
-    path = root / "labelsTr" / "case_02.nii.gz"
-    volume = nibabel.load(path)
-    values = np.minimum(np.asarray(volume.dataobj), 1)
-    nibabel.save(nibabel.Nifti1Image(values, volume.affine), path)
-    return cases.find_msd_cases(root)
-
-
-def evaluated(dataset, cache, predict_fn, **options):
-    store, _, _ = builder.prepare(dataset, ["case_00"], cache_dir=str(cache), **(OPTIONS | options))
-    return list(
-        evaluate.evaluate_cases(
-            predict_fn,
-            store,
-            dataset.cases,
-            label_values=dataset.label_values,
-            num_classes=3,
-            **TILING,
-        )
+def scored(seed, tolerance_mm):
+    """Masks and spacing without the axis that a picture lacks, and our scores of class 1."""
+    prediction, label, affine, spacing_mm = random_shape(seed)
+    scores = evaluate.score_case(
+        prediction.astype(np.uint8),
+        label.astype(np.uint8),
+        affine,
+        2,
+        tolerance_mm=tolerance_mm,
+        lesions=True,
     )
+    scores = {name: values[1] for name, values in scores.items()}
+    kept = [axis for axis, size in enumerate(label.shape) if size > 1]
+    masks = (mask.reshape([mask.shape[axis] for axis in kept]) for mask in (prediction, label))
+    return (*masks, spacing_mm[kept], scores)
 
 
-def save(folder, results, dataset):
-    return evaluate.save_evaluation(
-        str(folder),
-        "test",
-        results,
-        class_names=dataset.class_names,
-        label_values=dataset.label_values,
-        about={"set": "test", "step": 7},
-    )
+def test_the_random_shapes_hold_every_kind_of_trouble():
+    shapes = [random_shape(seed)[:2] for seed in range(NUM_SHAPES)]
+    sizes = [(p.sum(), g.sum()) for p, g in shapes]
+    assert sum(p == 0 < g for p, g in sizes) >= 20 and sum(g == 0 < p for p, g in sizes) >= 20
+    assert sum(p == g == 0 for p, g in sizes) >= 20 and sum(p == g == 1 for p, g in sizes) >= 20
+    assert sum(g.shape[2] == 1 for _, g in shapes) == NUM_SHAPES // 5
+    assert sum(p[0].any() and g[0].any() for p, g in shapes) >= 80
+
+
+@pytest.mark.parametrize("start", range(0, NUM_SHAPES, 50))
+def test_scores_equal_those_of_medpy(start):
+    medpy = pytest.importorskip("medpy.metric.binary", exc_type=ImportError)
+    for seed in range(start, start + 50):
+        prediction, label, spacing_mm, scores = scored(seed, 1.5)
+        expected = {}
+        if prediction.any() or label.any():
+            expected |= {"dice": medpy.dc(prediction, label), "iou": medpy.jc(prediction, label)}
+        if prediction.any():
+            expected["precision"] = medpy.precision(prediction, label)
+        if label.any():
+            expected["recall"] = medpy.recall(prediction, label)
+        if prediction.any() and label.any():
+            there, back = (
+                getattr(medpy, "__surface_distances")(*pair, spacing_mm)
+                for pair in ((prediction, label), (label, prediction))
+            )
+            both = np.concatenate([there, back])
+            expected |= {
+                "hd": medpy.hd(prediction, label, spacing_mm),
+                "hd95": max(np.percentile(there, 95), np.percentile(back, 95)),
+                "assd": both.mean(),
+                "nsd": np.mean(both <= 1.5),
+            }
+            error = scores["volume_error_ml"] / scores["reference_volume_ml"]
+            assert error == pytest.approx(medpy.ravd(prediction, label))
+            if lesions_are_paired(prediction, label):
+                # Of medpy, the "true positive rate" is of the objects of the result, and the "false
+                # positive rate" of those of the reference, as its documentation says.
+                every = {"connectivity": label.ndim}
+                expected["lesion_precision"] = medpy.obj_tpr(prediction, label, **every)
+                expected["lesion_recall"] = 1 - medpy.obj_fpr(prediction, label, **every)
+        for name, score in expected.items():
+            assert scores[name] == pytest.approx(score, rel=1e-9, abs=1e-12), (seed, name)
+
+
+def lesions_are_paired(prediction, label):
+    """Whether no lesion meets two, since medpy lets each meet but one."""
+    structure = np.ones((3,) * label.ndim)
+    (a, _), (b, _) = (ndimage.label(mask, structure) for mask in (prediction, label))
+    met = np.unique(np.stack([a, b])[:, prediction & label], axis=1)
+    return all(np.unique(row).size == row.size for row in met)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("start", range(0, NUM_SHAPES, 50))
+def test_scores_equal_those_of_monai(start):
+    torch = pytest.importorskip("torch")
+    monai = pytest.importorskip("monai.metrics", exc_type=ImportError)
+    for seed in range(start, start + 50):
+        prediction, label, spacing_mm, scores = scored(seed, 1.5)
+        if not (prediction.any() or label.any()):
+            continue
+        masks = [torch.tensor(m, dtype=torch.float32)[None, None] for m in (prediction, label)]
+        spacing = {"spacing": spacing_mm.tolist(), "include_background": True}
+        expected = {
+            "dice": monai.compute_dice(*masks, include_background=True, ignore_empty=False),
+            "iou": monai.compute_iou(*masks, include_background=True, ignore_empty=False),
+        }
+        confusion = monai.get_confusion_matrix(*masks, include_background=True)
+        if prediction.any():
+            expected["precision"] = monai.compute_confusion_matrix_metric("precision", confusion)
+        if label.any():
+            expected["recall"] = monai.compute_confusion_matrix_metric("recall", confusion)
+            expected["nsd"] = monai.compute_surface_dice(*masks, [1.5], **spacing)
+        if prediction.any() and label.any():
+            expected |= {
+                "hd": monai.compute_hausdorff_distance(*masks, **spacing),
+                "hd95": monai.compute_hausdorff_distance(*masks, percentile=95, **spacing),
+                "assd": monai.compute_average_surface_distance(*masks, symmetric=True, **spacing),
+            }
+        for name, score in expected.items():
+            assert scores[name] == pytest.approx(float(score), rel=1e-5), (seed, name)
+
+
+def test_volumes_equal_those_of_simpleitk():
+    sitk = pytest.importorskip("SimpleITK", exc_type=ImportError)
+    for seed in range(0, NUM_SHAPES, 3):
+        prediction, label, affine, spacing_mm = random_shape(seed)
+        scores = evaluate.score_case(prediction.astype(np.uint8), label.astype(np.uint8), affine, 2)
+        for mask, name in ((prediction, "volume_ml"), (label, "reference_volume_ml")):
+            image = sitk.GetImageFromArray(mask.astype(np.uint8).T)
+            image.SetSpacing(spacing_mm.tolist())
+            statistics = sitk.LabelShapeStatisticsImageFilter()
+            statistics.Execute(image)
+            expected = statistics.GetPhysicalSize(1) / 1000 if mask.any() else 0
+            assert scores[name][1] == pytest.approx(expected)
+
+
+def test_the_scores_of_a_case_without_a_class_by_hand():
+    label = np.zeros((6, 6, 6), np.uint8)
+    label[1:3, 1:3, 1:3] = 1
+    prediction = np.where(label == 1, 2, label)
+    scores = evaluate.score_case(prediction, label, np.diag([1, 1, 2.5, 1]), 4, lesions=True)
+    expected = {
+        "dice": [0, 0, NAN],
+        "iou": [0, 0, NAN],
+        "precision": [NAN, 0, NAN],
+        "recall": [0, NAN, NAN],
+        "hd": [INF, INF, NAN],
+        "hd95": [INF, INF, NAN],
+        "assd": [INF, INF, NAN],
+        "nsd": [0, 0, NAN],
+        "volume_ml": [0, 0.02, 0],
+        "reference_volume_ml": [0.02, 0, 0],
+        "volume_error_ml": [-0.02, 0.02, 0],
+        "lesion_precision": [NAN, 0, NAN],
+        "lesion_recall": [0, NAN, NAN],
+        "lesion_f1": [0, 0, NAN],
+    }
+    assert scores.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(scores[name][1:], expected[name], err_msg=name)
+    assert set(evaluate.score_case(prediction, label, np.eye(4), 4)) == {
+        name for name in scores if not name.startswith("lesion")
+    }
+
+
+def test_scores_do_not_depend_on_the_order_of_the_memory():
+    rng = np.random.default_rng(0)
+    label, prediction = rng.integers(0, 3, (2, 7, 6, 5), dtype=np.uint8)
+    affine = AFFINE.copy()
+    affine[0, 0] = 0.3  # sheared, so that exchanged axes would show
+    expected = evaluate.score_case(prediction, label, affine, 3, lesions=True)
+    orders = [(np.asfortranarray, np.asfortranarray), (np.asfortranarray, np.ascontiguousarray)]
+    for of_prediction, of_label in orders:
+        arrays = of_prediction(prediction), of_label(label)
+        scores = evaluate.score_case(*arrays, affine, 3, lesions=True)
+        for name in expected:
+            np.testing.assert_allclose(scores[name], expected[name], rtol=1e-12, err_msg=name)
+
+
+def with_dice(*dice, **others):
+    return {"dice": np.array([1.0, *dice])} | {k: np.array([1.0, *v]) for k, v in others.items()}
+
+
+def test_mean_dice_leaves_out_what_is_undefined():
+    scores = [with_dice(0.5, 1.0), with_dice(NAN, 0.25), with_dice(NAN, NAN)]
+    assert evaluate.mean_dice(scores) == pytest.approx((0.75 + 0.25) / 2)
+    assert np.isnan(evaluate.mean_dice(scores[2:]))
+
+
+def test_the_worst_case_comes_first_and_undefined_ones_last():
+    scores_of = {
+        "empty": with_dice(NAN, NAN),
+        "good": with_dice(0.9, 0.8),
+        "b": with_dice(0.2, NAN),
+        "a": with_dice(0.1, 0.3),
+        "bad": with_dice(0.0, 0.1),
+    }
+    assert list(evaluate.worst_first(scores_of)) == ["bad", "a", "b", "good", "empty"]
 
 
 def load_json(path):
@@ -74,228 +234,318 @@ def load_json(path):
     return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
 
 
+def test_saved_scores_say_what_was_found(tmp_path):
+    scores_of = {
+        "good": with_dice(0.9, 0.8, hd=[2.0, 5.0]),
+        "bad": with_dice(0.5, NAN, hd=[INF, NAN]),
+        "middling": with_dice(0.6, 0.7, hd=[3.0, 4.0]),
+    }
+    table, mean = evaluate.save_scores(
+        str(tmp_path), "test", scores_of, class_names=CLASSES, about={"step": 7}
+    )
+    assert mean == pytest.approx((0.85 + 0.5 + 0.65) / 3)
+
+    content = load_json(tmp_path / "test.json")
+    assert content["about"] == {"step": 7} and content["class_names"] == list(CLASSES)
+    assert content["mean_dice"] == mean
+    assert list(content["cases"]) == ["bad", "middling", "good"]
+    assert content["cases"]["bad"] == {"dice": [1.0, 0.5, None], "hd": [1.0, None, None]}
+    dice, hd = content["summary"]["dice"], content["summary"]["hd"]
+    assert dice["mean"] == pytest.approx([1, 2 / 3, 0.75])
+    assert dice["sd"] == pytest.approx([0, np.std([0.9, 0.5, 0.6], ddof=1), np.sqrt(0.005)])
+    assert dice["num"] == [3, 3, 2] and dice["num_infinite"] == [0, 0, 0]
+    expected = statistics.bootstrap_interval([0.5, 0.6, 0.9])
+    assert dice["interval"][1] == pytest.approx(expected, abs=1e-12)
+    assert hd["mean"] == [1, 2.5, 4.5] and hd["num"] == [3, 2, 2]
+    assert hd["num_infinite"] == [0, 1, 0]
+
+    with open(tmp_path / "test.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["case", "class", "dice", "hd"],
+        ["bad", "outer", "0.5", "inf"],
+        ["bad", "inner", "nan", "nan"],
+        ["middling", "outer", "0.6", "3.0"],
+        ["middling", "inner", "0.7", "4.0"],
+        ["good", "outer", "0.9", "2.0"],
+        ["good", "inner", "0.8", "5.0"],
+    ]
+    assert table == evaluate.format_table(evaluate.summarise(scores_of), CLASSES)
+
+
+def test_scores_that_no_case_has_are_saved(tmp_path):
+    label = np.zeros((4, 4, 4), np.uint8)
+    scores_of = {"empty": evaluate.score_case(label, label, np.eye(4), 3)}
+    table, mean = evaluate.save_scores(
+        str(tmp_path), "val", scores_of, class_names=CLASSES, about={}
+    )
+    assert np.isnan(mean) and "nan" in table
+    content = load_json(tmp_path / "val.json")
+    assert content["mean_dice"] is None
+    assert content["summary"]["dice"]["interval"] == [[None, None]] * 3
+
+
+def test_table_by_hand():
+    scores_of = {
+        "a": with_dice(0.5, NAN, nsd=[0.5, NAN], hd=[2.0, NAN]),
+        "b": with_dice(0.75, NAN, nsd=[0.0, NAN], hd=[INF, NAN]),
+    }
+    for scores in scores_of.values():
+        scores |= {"iou": scores["dice"], "precision": scores["dice"], "recall": scores["dice"]}
+        scores |= {"hd95": scores["hd"], "assd": scores["hd"]}
+    table = evaluate.format_table(evaluate.summarise(scores_of), ("background", "a", "longest"))
+    overlap, surface = (part.splitlines() for part in table.split("\n\n"))
+    assert overlap[0].split() == [
+        "class",
+        "dice",
+        *["95", "%", "interval", "iou", "precision", "recall", "cases"],
+    ]
+    assert overlap[1].startswith("a        0.6250 ± 0.1768  0.5000 … 0.7500  0.6250 ± 0.1768")
+    assert overlap[1].split()[-1] == "2"
+    assert overlap[2].split()[:7] == ["longest", "nan", "±", "nan", "nan", "…", "nan"]
+    assert surface[0].endswith("hd        hd95        assd  cases  no distance")
+    # Of two cases, one has no distance; it is not in the mean of the distances, but in that of nsd.
+    assert surface[1].split("  ")[-1].strip() == "1"
+    assert "0.2500 ± 0.3536" in surface[1] and "2.00 ± nan" in surface[1]
+    assert len({len(line) for line in overlap}) == len({len(line) for line in surface}) == 1
+
+
+def write_nifti(path, values, affine, dtype=np.uint8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values.astype(dtype), affine), path)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """References of three cases, and predictions that miss ever more of them."""
+    rng = np.random.default_rng(0)
+    for index, case in enumerate(("c", "a", "b")):
+        label = np.zeros((12, 10, 8), np.uint8)
+        label[2:9, 2:8, 1:7], label[4:6, 4:6, 3:5] = 1, 2
+        write_nifti(tmp_path / "references" / f"{case}.nii.gz", label, AFFINE)
+        for name, shift in (("predictions", index), ("others", 5)):
+            moved = np.roll(label, shift, axis=0)
+            moved[rng.random(label.shape) < 0.02] = 1
+            write_nifti(tmp_path / name / f"{case}.nii", moved, AFFINE)
+    return tmp_path
+
+
+def evaluated(root, **options):
+    return evaluate.evaluate_folders(str(root / "predictions"), str(root / "references"), **options)
+
+
 def voxels(path):
     return np.asarray(nibabel.load(path).dataobj)
 
 
-def result_with(dice):
-    dice = np.array(dice)
-    return evaluate.CaseResult(None, None, None, None, {"dice": dice})
+def test_folders_are_scored_case_by_case(folders, tmp_path):
+    text = evaluated(folders, output=str(tmp_path / "out"), tolerance_mm=1.7, lesions=True)
+    content = load_json(tmp_path / "out" / "evaluation.json")
+    assert list(content["cases"]) == ["b", "a", "c"]
+    assert content["class_names"] == ["background", "1", "2"]
+    about = content["about"]
+    assert about["label_values"] == [0, 1, 2] and about["tolerance_mm"] == 1.7
+    assert about["unit"] == "mm" and about["references"] == str(folders / "references")
+    for case, saved in content["cases"].items():
+        expected = evaluate.score_case(
+            voxels(folders / "predictions" / f"{case}.nii"),
+            voxels(folders / "references" / f"{case}.nii.gz"),
+            AFFINE,
+            3,
+            tolerance_mm=1.7,
+            lesions=True,
+        )
+        assert saved.keys() == expected.keys()
+        for name in saved:
+            values = [NAN if value is None else value for value in saved[name]]
+            np.testing.assert_allclose(values, expected[name], err_msg=name)
+    assert text.startswith(f"{folders / 'predictions'}: 3 cases, surface Dice (nsd) at 1.7 mm\n")
+    dice = [metrics.mean_foreground(content["cases"][case]["dice"]) for case in "bac"]
+    worst = "\n".join(f"  {case}  {value:.4f}" for case, value in zip("bac", dice, strict=True))
+    assert f"mean Dice {np.mean(dice):.4f}; the worst cases:\n{worst}" in text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "evaluation.json",
+        "evaluation.csv",
+    }
 
 
-def test_a_perfect_network_scores_one_on_the_grid_of_the_files(tmp_path, dataset):
-    turned = dataclasses.replace(dataset, cases=dataset.cases[1:2])
-    store, _, _ = builder.prepare(turned, ["case_01"], cache_dir=str(tmp_path), **OPTIONS)
-    (result,) = evaluate.evaluate_cases(
-        predict_reference, store, turned.cases, label_values=(0, 1, 2), num_classes=3, **TILING
+def test_two_models_are_compared_on_the_same_cases(folders, tmp_path):
+    text = evaluated(
+        folders, others=str(folders / "others"), output=str(tmp_path / "out"), class_names=CLASSES
     )
-    label = voxels(turned.cases[0].label_path)
-    assert store["case_01"].label.shape != label.shape
-    np.testing.assert_array_equal(result.label, label)
-    np.testing.assert_array_equal(result.prediction, label)
-    np.testing.assert_array_equal(result.affine, TURNED.astype(np.float32))
-    for score in evaluate.SCORES:
-        assert result.scores[score].tolist() == [1.0, 1.0, 1.0]
-
-
-def test_every_case_is_scored_once_in_order_on_its_own_grid(tmp_path, dataset):
-    results = evaluated(dataset, tmp_path, predict_reference, spacing_mm=(0.9, 0.8, 1.5))
-    assert [result.case for result in results] == list(dataset.cases)
-    for result in results:
-        label = voxels(result.case.label_path)
-        np.testing.assert_array_equal(result.label, label)
-        assert result.prediction.shape == label.shape and result.prediction.dtype == np.uint8
-        assert 0.9 < result.scores["dice"][1] < 1
-        counts = metrics.confusion_counts(result.prediction, label, 3)
-        expected = metrics.scores_from_counts(counts)
-        np.testing.assert_array_equal(result.scores["dice"], expected["dice"])
-    assert np.isnan(results[2].scores["dice"][2])
-
-
-def test_the_reference_is_the_file_not_the_prepared_label(tmp_path, dataset):
-    results = evaluated(dataset, tmp_path, predict_nothing)
-    for result in results:
-        assert not result.prediction.any()
-        np.testing.assert_array_equal(result.label, voxels(result.case.label_path))
-        assert result.scores["dice"][1] == 0
-        assert np.isnan(result.scores["precision"][1])
-
-
-def test_saved_files_say_what_was_found(tmp_path, dataset):
-    results = evaluated(dataset, tmp_path / "cache", predict_reference, spacing_mm=(1.3, 1.2, 2.0))
-    table, _ = save(tmp_path, results, dataset)
-
-    content = load_json(tmp_path / "test.json")
-    assert content["about"] == {"set": "test", "step": 7}
-    assert content["class_names"] == ["background", "outer", "inner"]
-    assert list(content["cases"]) == ["case_00", "case_01", "case_02"]
-    for result in results:
-        for score in evaluate.SCORES:
-            saved = content["cases"][result.case.case_id][score]
-            saved = [NAN if value is None else value for value in saved]
-            np.testing.assert_array_equal(saved, result.scores[score])
-    assert content["cases"]["case_02"]["dice"][2] is None
-    dice = [result.scores["dice"][1:] for result in results]
-    by_case = [np.mean(dice[0]), np.mean(dice[1]), dice[2][0]]
-    assert content["mean_dice"] == pytest.approx(np.mean(by_case))
-    summary = content["summary"]["dice"]
-    assert summary["mean"][2] == pytest.approx((dice[0][1] + dice[1][1]) / 2)
-    assert summary["num"] == [3, 3, 2]
-
-    with open(tmp_path / "test.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["case"], row["class"]) for row in rows] == [
-        (f"case_0{index}", name) for index in range(3) for name in ("outer", "inner")
+    ours, theirs = (load_json(tmp_path / "out" / f"{n}.json") for n in ("evaluation", "compared"))
+    rows = load_json(tmp_path / "out" / "comparison.json")
+    assert [(row["score"], row["class"]) for row in rows] == [
+        (score, name) for score in ("dice", "nsd") for name in ("outer", "inner")
     ]
-    assert list(rows[0]) == ["case", "class", *evaluate.SCORES]
-    assert float(rows[2]["iou"]) == results[1].scores["iou"][1]
-    assert np.isnan(float(rows[5]["dice"]))
-
-    lines = table.splitlines()
-    assert len(lines) == 3
-    assert lines[0].split() == ["class", *evaluate.SCORES, "cases"]
-    assert lines[1].startswith("outer") and lines[1].endswith(" 3")
-    assert lines[2].startswith("inner") and lines[2].endswith(" 2")
-    assert f"{summary['mean'][2]:.4f} ± {summary['sd'][2]:.4f}" in lines[2]
-
-
-def test_predictions_are_written_on_the_grid_of_the_image_bit_for_bit(tmp_path, dataset):
-    results = evaluated(dataset, tmp_path / "cache", predict_reference)
-    recoded = dataclasses.replace(dataset, label_values=(0, 4, 300))
-    save(tmp_path, results, recoded)
-    assert len(list((tmp_path / "test").iterdir())) == 3
-    for result in results:
-        written = nibabel.load(tmp_path / "test" / f"{result.case.case_id}.nii.gz")
-        image = nibabel.load(result.case.image_path)
-        assert written.affine.tobytes() == image.affine.tobytes()
-        for field in ("pixdim", "qform_code", "sform_code", "srow_x", "quatern_b", "xyzt_units"):
-            np.testing.assert_array_equal(written.header[field], image.header[field])
-        values = np.array([0, 4, 300])[result.prediction]
-        np.testing.assert_array_equal(np.asarray(written.dataobj), values)
+    for row in rows:
+        index = CLASSES.index(row["class"])
+        a, b = ([of["cases"][c][row["score"]][index] for c in "abc"] for of in (ours, theirs))
+        assert row["difference"] == pytest.approx(np.mean(np.subtract(a, b)))
+        assert row["difference"] > 0 and row["num"] == 3
+        assert row["interval"][0] <= row["difference"] <= row["interval"][1]
+        assert row["p_wilcoxon"] == pytest.approx(statistics.wilcoxon(a, b))
+    assert f"{folders / 'predictions'} minus {folders / 'others'}" in text
+    assert f"{rows[0]['difference']:+.4f}" in text
 
 
-def coloured(path):
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    return int((np.ptp(pixels, axis=-1) > 40).sum())
+def problems_of(root, **options):
+    with pytest.raises(evaluate.EvaluationProblems) as caught:
+        evaluated(root, **options)
+    return caught.value.problems
 
 
-def test_the_contact_sheet_shows_reference_and_prediction(tmp_path, dataset):
-    counts = {}
-    for predict_fn in (predict_nothing, predict_reference):
-        folder = tmp_path / predict_fn.__name__
-        folder.mkdir()
-        save(folder, evaluated(dataset, tmp_path / "cache", predict_fn), dataset)
-        counts[predict_fn] = coloured(folder / "test.png")
-    # Without a prediction there are half the overlays, and the legend.
-    assert counts[predict_nothing] > 5000
-    assert counts[predict_reference] > 1.8 * counts[predict_nothing]
-
-
-def panels_of(monkeypatch, tmp_path, results, dataset):
-    captured = []
-    monkeypatch.setattr(
-        evaluate.plots, "save_contact_sheet", lambda path, panels, names: captured.extend(panels)
+def test_every_problem_is_named_before_anything_is_computed(folders, monkeypatch):
+    monkeypatch.setattr(evaluate, "score_case", lambda *_, **__: pytest.fail("computed"))
+    predictions, references = folders / "predictions", folders / "references"
+    label = voxels(references / "a.nii.gz")
+    write_nifti(predictions / "a.nii", label[:-1], AFFINE)
+    shifted = AFFINE.copy()
+    shifted[0, 3] += 0.25
+    write_nifti(predictions / "b.nii", label, shifted)
+    write_nifti(predictions / "c.nii", label + 3 * (label == 2), AFFINE)
+    write_nifti(predictions / "d.nii", label, AFFINE)
+    write_nifti(references / "e.nii", label, AFFINE)
+    (references / "f.nii.gz").write_bytes((references / "a.nii.gz").read_bytes()[:99])
+    write_nifti(predictions / "f.nii", label, AFFINE)
+    write_nifti(
+        references / "g.nii",
+        label + np.linspace(0, 0.5, label.size).reshape(label.shape),
+        AFFINE,
+        float,
     )
-    save(tmp_path, results, dataset)
-    return captured
+    write_nifti(predictions / "g.nii", label, AFFINE)
+    problems = problems_of(folders, label_values=(0, 1, 2))
+    found = {fragment: [p for p in problems if fragment in p] for fragment in (
+        "no prediction of e;",
+        f"{references}: no reference of d;",
+        f"a.nii: its shape is [11, 10, 8], that of {references / 'a.nii.gz'} [12, 10, 8]",
+        "b.nii: its affine differs",
+        "up to 0.25 mm",
+        "c.nii: label values [5] are not among [0, 1, 2]",
+        "f.nii.gz: damaged gzip file",
+        "g.nii: holds",
+    )}  # fmt: skip
+    assert {fragment: len(lines) for fragment, lines in found.items()} == dict.fromkeys(found, 1)
+    assert len(problems) == 7
 
 
-def test_a_panel_shows_the_slice_with_most_foreground_upright(monkeypatch, tmp_path, dataset):
-    results = evaluated(dataset, tmp_path / "cache", predict_reference)
-    label = results[0].label.copy()
-    label[:, :, 5] = 0
-    label[3, 2, 5] = 2
-    label[:, :, 3] = 1
-    results = [dataclasses.replace(results[0], label=label)]
-    ((title, image, reference, prediction, aspect),) = panels_of(
-        monkeypatch, tmp_path, results, dataset
-    )
-    assert title == "case_00: Dice 1.000"
-    assert image.shape == reference.shape == prediction.shape == (18, 20)  # y downwards, x right
-    assert aspect == 1.0
-    assert (reference == 1).all()  # z = 3
-    source = voxels(dataset.cases[0].image_path)
-    for x, y in [(0, 0), (4, 11), (19, 17)]:
-        assert image[17 - y, x] == source[x, y, 3]
+def test_values_are_not_judged_by_some_of_the_references(folders):
+    for case in "ab":
+        path = folders / "references" / f"{case}.nii.gz"
+        write_nifti(path, np.minimum(voxels(path), 1), AFFINE)
+    (folders / "references" / "c.nii.gz").write_bytes(b"")
+    (problem,) = problems_of(folders)  # not that no reference has the predictions' value 2
+    assert "c.nii.gz: the file is empty" in problem
 
 
-def test_pixels_of_a_panel_keep_their_shape(monkeypatch, tmp_path, dataset):
-    results = evaluated(dataset, tmp_path / "cache", predict_reference)
-    panels = panels_of(monkeypatch, tmp_path, results, dataset)
-    # Spacing 0.9 along x of the file and 1.1 along y: a pixel is 1.1 high and 0.9 wide.
-    assert panels[1][-1] == pytest.approx(1.1 / 0.9)
+@pytest.mark.parametrize("value", [2.5, -1, np.inf, np.nan])
+def test_what_is_no_label_is_named(folders, value):
+    path = folders / "references" / "a.nii.gz"
+    values = voxels(path).astype(np.float32)
+    values[0, 0, 0] = value
+    write_nifti(path, values, AFFINE, np.float32)
+    (problem,) = problems_of(folders)
+    assert f"{path}: holds 4 values from" in problem and f"{value:g}" in problem
 
 
-def test_a_sheet_has_six_cases_at_most(monkeypatch, tmp_path, dataset):
-    results = evaluated(dataset, tmp_path / "cache", predict_reference) * 3
-    assert len(panels_of(monkeypatch, tmp_path, results, dataset)) == 6
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_names": ("background", "a")}, "2 class names for 3 classes"),
+        ({"label_values": (0, 1, 1)}, r"label values \[0, 1, 1\] are no classes"),
+        ({"label_values": (0,)}, r"label values \[0\] are no classes"),
+        ({"label_values": (-1, 1)}, r"label values \[-1, 1\] are no classes"),
+        ({"label_values": (0, 2)}, r"a.nii: label values \[1\] are not among \[0, 2\]"),
+        ({"others": "nowhere"}, "nowhere: no such folder"),
+    ],
+)
+def test_a_wrong_request_is_named(folders, options, message):
+    with pytest.raises(evaluate.EvaluationProblems, match=message):
+        evaluated(folders, **options)
 
 
-@pytest.mark.parametrize("size", [(20, 30), (1, 16)])
-def test_pictures_are_evaluated_as_they_are(monkeypatch, tmp_path, size):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "masks").mkdir()
+def test_a_folder_without_labels_is_named(folders):
+    for path in (folders / "references").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    assert problems_of(folders)[0].startswith(f"{folders / 'references'}: holds no label file")
+
+
+def test_label_values_are_those_of_the_references(folders):
+    for path in (folders / "references").iterdir():
+        write_nifti(path, np.array([0, 7, 300])[voxels(path)], AFFINE, np.int16)
+    assert len(problems_of(folders)) == 3  # the predictions have 1 and 2
+    for path in (folders / "predictions").iterdir():
+        write_nifti(path, np.array([0, 7, 300])[voxels(path)], AFFINE, np.float32)
+    text = evaluated(folders)
+    assert "\n7 " in text and "\n300 " in text
+
+
+def test_maps_beside_a_prediction_are_no_predictions(folders):
     rng = np.random.default_rng(0)
-    shapes = [(*size, 3), size]  # colour and grey
-    masks = rng.integers(0, 2, (2, *size)).astype(np.uint8) * 255
-    for index, shape in enumerate(shapes):
-        pixels = rng.integers(0, 255, shape).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"p{index}.png")
-        Image.fromarray(masks[index]).save(tmp_path / "masks" / f"p{index}.png")
-    dataset = cases.find_image_cases(
-        tmp_path, "images/*.png", "masks/{case}.png", ("background", "cell"), None
+    for name in ("a_probs", "a_entropy", "b_grad_cam_outer", "c_mutual_information"):
+        write_nifti(
+            folders / "predictions" / f"{name}.nii", rng.random((4, 4, 4, 3)), AFFINE, float
+        )
+    assert "3 cases" in evaluated(folders)
+    write_nifti(folders / "predictions" / "d_probs.nii", np.zeros((4, 4, 4)), AFFINE)
+    assert "no reference of d_probs;" in problems_of(folders)[0]
+
+
+@pytest.mark.parametrize("mask_value", [1, 255])
+def test_pictures_are_scored_in_pixels(tmp_path, mask_value):
+    mask = np.zeros((9, 12), np.uint8)
+    mask[2:6, 3:8] = 1
+    for folder, values in (("references", mask_value * mask), ("predictions", np.roll(mask, 1, 1))):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(values).save(tmp_path / folder / "p.png")
+    text = evaluated(tmp_path, output=str(tmp_path / "out"))
+    assert "at 1 pixel" in text
+    content = load_json(tmp_path / "out" / "evaluation.json")
+    assert content["cases"]["p"]["dice"][1] == pytest.approx(16 / 20)
+    assert content["cases"]["p"]["hd"][1] == 1 and content["cases"]["p"]["nsd"][1] == 1
+    assert content["about"]["unit"] == "pixel"
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "jaxseg.evaluate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_the_scores(folders):
+    done = run(
+        f"--predictions={folders / 'predictions'}",
+        f"--references={folders / 'references'}",
+        "--class_names=background,outer,inner",
+        "--label_values=0,1,2",
+        "--tolerance_mm=2",
+        "--lesions",
     )
-    for index, case in enumerate(dataset.cases):
-        alone = dataclasses.replace(dataset, cases=(case,))
-        store, _, _ = builder.prepare(
-            alone, [case.case_id], cache_dir=str(tmp_path / "cache"), **OPTIONS
-        )
-        (result,) = evaluate.evaluate_cases(
-            lambda batch: np.eye(2, dtype=np.float32)[batch["label"]],
-            store,
-            alone.cases,
-            label_values=None,
-            num_classes=2,
-            **TILING,
-        )
-        assert result.scores["dice"].tolist() == [1.0, 1.0]
-        with monkeypatch.context() as patch:
-            ((_, image, reference, _, aspect),) = panels_of(patch, tmp_path, [result], alone)
-        assert image.shape == shapes[index] and aspect == 1.0
-        np.testing.assert_array_equal(reference, masks[index] > 0)
-        written = np.asarray(Image.open(tmp_path / "test" / f"p{index}.png"))
-        np.testing.assert_array_equal(written, masks[index] > 0)
-        save(tmp_path, [result], alone)
-        assert coloured(tmp_path / "test.png") > 100
+    expected = evaluated(folders, class_names=CLASSES, tolerance_mm=2.0, lesions=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected + "\n", "")
 
 
-def test_mean_dice_leaves_out_what_is_undefined():
-    results = [result_with([1, 0.5, 1.0]), result_with([1, NAN, 0.25]), result_with([1, NAN, NAN])]
-    scores = [result.scores for result in results]
-    assert evaluate.mean_dice(scores) == pytest.approx((0.75 + 0.25) / 2)
-    assert np.isnan(evaluate.mean_dice(scores[2:]))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--references=x"], "--predictions must be given"),
+        (["--predictions=x", "--references=y"], "y: no such folder"),
+        (["--predictions=x", "--references=y", "--label_values=0,one"], "'one'"),
+        (["--prediction=x"], "Unknown command line flag 'prediction'. Did you mean: predictions"),
+        (["x"], "unexpected argument 'x'"),
+    ],
+)
+def test_the_command_says_what_is_wrong_without_a_traceback(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["jaxseg-evaluate", *arguments])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jaxseg-evaluate: ") and message in error
 
 
-def test_an_evaluation_without_any_defined_score_is_saved(tmp_path, dataset):
-    label = np.zeros((20, 18, 8), np.uint8)
-    counts = metrics.confusion_counts(label, label, 3)
-    scores = metrics.scores_from_counts(counts)
-    result = evaluate.CaseResult(dataset.cases[0], label, label, np.diag([1, 1, 2.0, 1]), scores)
-    table, mean = save(tmp_path, [result], dataset)
-    assert np.isnan(mean)
-    content = load_json(tmp_path / "test.json")
-    assert content["mean_dice"] is None
-    assert content["cases"]["case_00"]["dice"] == [1.0, None, None]
-    assert "nan" in table
-
-
-def test_table_by_hand():
-    scores = [
-        {score: np.array([1.0, value, NAN]) for score in evaluate.SCORES} for value in (0.5, 0.75)
-    ]
-    scores[1]["recall"] = np.array([1.0, 1.0, NAN])
-    table = evaluate.format_table(metrics.summarise(scores), ("background", "a", "longest"))
-    head, first, second = table.splitlines()
-    assert first == "a         " + "  0.6250 ± 0.1768" * 3 + "  0.7500 ± 0.3536" + "      2"
-    assert second == "longest   " + "     nan ±    nan" * 4 + "      0"
-    assert len(head) == len(first)
+def test_the_command_starts_without_what_it_does_not_need():
+    code = (
+        "import sys, jaxseg.evaluate; print(*({'tensorflow', 'jax', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,231 +1,236 @@
+import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseg.inference import blending_weights, predict_case, tile_starts
+from jaxseg import geometry, inference
+from jaxseg.resampling import bucket
 
-NUM_CLASSES = 4
-
-
-def predict_value(batch):
-    """Gives each voxel the class that its first channel holds."""
-    return np.eye(NUM_CLASSES, dtype=np.float32)[batch["image"][..., 0].astype(int)]
+KERNEL = np.random.default_rng(3).normal(size=(3, 3, 3, 2, 4)).astype(np.float32)
 
 
-def make_image(shape, seed=0):
-    values = np.random.default_rng(seed).integers(0, NUM_CLASSES, shape)
-    return values[..., None].astype(np.float32), values
+def convolve(x, padding):
+    """3 x 3 x 3 convolution of [B, X, Y, Z, 2] to 4 features."""
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    return jax.lax.conv_general_dilated(x, KERNEL, (1, 1, 1), padding, dimension_numbers=numbers)
 
 
-def recording(predict_fn):
-    calls = []
-
-    def recorded(batch):
-        calls.append({name: array.copy() for name, array in batch.items()})
-        return predict_fn(batch)
-
-    return recorded, calls
+def convolve_slices(x):
+    """3 x 3 convolution within the slices of [B, Z, X, Y, 2]."""
+    slices = x.reshape(-1, *x.shape[2:])
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(slices, KERNEL[1], (1, 1), "SAME", dimension_numbers=numbers)
+    return y.reshape(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("patch", [*range(1, 12), 16, 31, 48])
-def test_tiles_cover_an_axis_with_at_least_half_overlap(patch):
-    for size in range(patch, 5 * patch + 8):
-        starts = tile_starts(size, patch)
-        assert starts[0] == 0 and starts[-1] == size - patch
-        steps = np.diff(starts)
-        assert (steps > 0).all()
-        assert steps.max(initial=0) <= max(patch // 2, 1)
-        # And no more of them than that takes.
-        assert len(starts) == 1 + int(np.ceil((size - patch) / max(patch // 2, 1)))
+def boxed(array, fill=0.0):
+    """Puts an array into the larger one that volumes like it share."""
+    box = np.full((*map(bucket, array.shape[:3]), *array.shape[3:]), fill, np.float32)
+    box[tuple(map(slice, array.shape[:3]))] = array
+    return box
 
 
-def test_tiles_by_hand():
-    assert tile_starts(8, 8) == [0]
-    assert tile_starts(9, 8) == [0, 1]
-    assert tile_starts(16, 8) == [0, 4, 8]
-    assert tile_starts(10, 4) == [0, 2, 4, 6]
-    assert tile_starts(4, 1) == [0, 1, 2, 3]
+def cut(array, shape):
+    return np.asarray(array)[tuple(map(slice, shape))]
 
 
-def test_blending_weights_are_gaussian_with_a_floor():
-    weights = blending_weights((16,))
-    distance = np.arange(16) - 7.5
-    expected = np.exp(-0.5 * (distance / 2) ** 2)
-    np.testing.assert_allclose(weights, np.maximum(expected / expected.max(), 1e-3), rtol=1e-6)
-    assert weights.dtype == np.float32
-    plane = blending_weights((16, 9))
-    assert plane.shape == (16, 9)
-    assert plane.max() == 1 and plane.min() == np.float32(1e-3)
-    inner = plane > 1e-3
-    outer = weights[:, None] * blending_weights((9,))[None]
-    np.testing.assert_allclose(plane[inner], outer[inner], rtol=1e-5)
-    np.testing.assert_array_equal(plane, plane[::-1, ::-1])
+def predict(
+    patch_fn, image, source, tiling, parts=1, strips=1, emit_fn=lambda maps: {"maps": maps}
+):
+    """`predict_volume` of an unpadded image, its parts put together."""
+
+    @jax.jit
+    def run(box, size, target, index):
+        return inference.predict_volume(
+            patch_fn,
+            emit_fn,
+            box,
+            size,
+            target,
+            (index, parts),
+            tiling=tiling,
+            source_box=tuple(map(bucket, source)),
+            num_strips=strips,
+        )
+
+    pieces = []
+    for index in range(parts):
+        depth = source[0] * (index + 1) // parts - source[0] * index // parts
+        outputs = run(boxed(image), np.int32(image.shape[:3]), np.int32(source), index)
+        pieces.append({n: cut(v, (depth, *source[1:])) for n, v in outputs.items()})
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-SHAPES = [(8, 6, 4), (20, 17, 5), (3, 5, 2), (9, 4, 1), (1, 1, 1), (7, 23, 9)]
+def reference(patch_fn, image, source, tiling):
+    """The same as plain loops in float64: every tile into one array, blended, then resampled."""
+    sizes, window = image.shape[:3], tiling.window
+    starts = []
+    for size, width, step in zip(sizes, window, tiling.step, strict=True):
+        num_gaps = int(np.ceil(max(size - width, 0) / step))
+        spread = np.floor(np.linspace(0, size - width, num_gaps + 1) + 0.5)
+        starts.append(spread if size > width else [-np.ceil((width - size) / 2)])
+    weights = np.ones(())
+    for width in window:
+        place = (np.arange(width) - (width - 1) / 2) / (width / 8)
+        weights = weights[..., None] * np.exp(-0.5 * place**2)
+    total, total_weight = 0.0, np.zeros(sizes)
+    for corner in itertools.product(*starts):
+        corner = np.array(corner, int)
+        reach = list(zip(corner - tiling.margin, tiling.patch, sizes, strict=True))
+        mode = "reflect" if tiling.mirrors else "constant"
+        widths = [(max(-a, 0), max(a + p - n, 0)) for a, p, n in reach]
+        padded = np.pad(image, [*widths, (0, 0)], mode=mode)
+        patch = padded[tuple(slice(max(a, 0), max(a, 0) + p) for a, p, _ in reach)]
+        maps = np.asarray(patch_fn(patch[None]), np.float64)[0]
+        inside = tuple(
+            slice(max(-a, 0), min(w, n - a)) for a, w, n in zip(corner, window, sizes, strict=True)
+        )
+        place = tuple(
+            slice(max(a, 0), min(a + w, n)) for a, w, n in zip(corner, window, sizes, strict=True)
+        )
+        total = np.zeros((*sizes, maps.shape[-1])) if np.isscalar(total) else total
+        total[place] += (weights[..., None] * maps)[inside]
+        total_weight[place] += weights[inside]
+    blended = total / total_weight[..., None]
+    return geometry.resample_to_shape(blended, source, order=1)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("patch_size", [(8, 6), (7, 5), (8, 6, 4), (5, 3, 7), (1, 1)])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_voxel_gets_its_own_prediction(shape, patch_size, batch_size):
-    image, values = make_image(shape)
-    label = np.zeros(shape, np.uint8)
-    probs = predict_case(predict_value, image, label, patch_size=patch_size, batch_size=batch_size)
-    assert probs.dtype == np.float32
-    np.testing.assert_array_equal(probs, np.eye(NUM_CLASSES)[values])
+def test_tile_starts_by_hand():
+    def starts(size, window, step):
+        values, number = inference.tile_starts(size, window, step, 6)
+        return np.asarray(values)[: int(number)].tolist()
+
+    assert starts(16, 16, 8) == [0]
+    assert starts(17, 16, 8) == [0, 1]
+    assert starts(32, 16, 8) == [0, 8, 16]
+    assert starts(31, 16, 8) == [0, 8, 15]
+    assert starts(20, 8, 8) == [0, 6, 12]
+    assert starts(11, 16, 8) == [-3]
+    assert starts(12, 16, 8) == [-2]
 
 
-def test_overlapping_predictions_are_averaged_by_weight():
-    # Each patch answers with its own number; tiles start at 0, 2 and 4.
-    count = itertools.count()
-
-    def numbered(batch):
-        return np.full((*batch["label"].shape, 1), next(count), np.float32)
-
-    image, _ = make_image((8, 1, 1))
-    label = np.zeros((8, 1, 1), np.uint8)
-    probs = predict_case(numbered, image, label, patch_size=(4, 1), batch_size=1)
-    w = blending_weights((4, 1))[:, 0].astype(np.float64)
-    expected = [
-        0,
-        0,
-        w[0] * 1 / (w[2] + w[0]),
-        w[1] * 1 / (w[3] + w[1]),
-        (w[2] * 1 + w[0] * 2) / (w[2] + w[0]),
-        (w[3] * 1 + w[1] * 2) / (w[3] + w[1]),
-        2,
-        2,
-    ]
-    np.testing.assert_allclose(probs[:, 0, 0, 0], expected, rtol=1e-5)
+@pytest.mark.parametrize(("size", "window", "step"), [(70, 16, 8), (9, 8, 4), (5, 8, 4), (9, 9, 9)])
+def test_tile_weights_are_gaussians_that_sum_to_one(size, window, step):
+    starts, number = inference.tile_starts(size, window, step, 20)
+    weights = np.asarray(inference.tile_weights(starts, number, window))
+    total = np.zeros(size)
+    for start, row in zip(np.asarray(starts), weights[: int(number)], strict=False):
+        for place in range(max(start, 0), min(start + window, size)):
+            total[place] += row[place - start]
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+    assert (weights[int(number) :] == 0).all()
+    if number > 1:  # between two tiles: the ratio of two Gaussians of sd window / 8
+        place = int(starts[1])
+        distances = (np.array([place, 0]) - (window - 1) / 2) / (window / 8)
+        near = [i for i in range(int(number)) if starts[i] <= place < starts[i] + window]
+        if near == [0, 1]:
+            first, second = np.exp(-0.5 * distances**2)
+            np.testing.assert_allclose(weights[1, 0], second / (first + second), rtol=1e-5)
 
 
-@pytest.mark.parametrize("patch_size", [(8, 6), (8, 6, 4)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_all_batches_have_one_shape_and_dtype(shape, patch_size):
-    predict_fn, calls = recording(predict_value)
-    image, _ = make_image(shape)
-    label = np.ones(shape, np.uint8)
-    predict_case(predict_fn, image, label, patch_size=patch_size, batch_size=3)
-    for batch in calls:
-        assert batch["image"].shape == (3, *patch_size, 1)
-        assert batch["label"].shape == batch["valid"].shape == (3, *patch_size)
-        assert batch["image"].dtype == batch["valid"].dtype == np.float32
-        assert batch["label"].dtype == np.int32
-
-
-@pytest.mark.parametrize(
-    ("shape", "patch_size"),
-    [
-        ((8, 6, 7), (8, 6)),  # as wide as the patch: slices do not overlap
-        ((5, 6, 7), (8, 9)),
-        ((5, 6, 3), (8, 6, 3)),
-        ((1, 3, 2), (4, 6, 5)),
-    ],
-)
-def test_every_voxel_is_valid_exactly_once_where_tiles_do_not_overlap(shape, patch_size):
-    predict_fn, calls = recording(predict_value)
-    image, values = make_image(shape)
-    predict_case(predict_fn, image, values.astype(np.uint8), patch_size=patch_size, batch_size=4)
-    valid = np.concatenate([batch["valid"] for batch in calls])
-    labels = np.concatenate([batch["label"] for batch in calls])
-    images = np.concatenate([batch["image"] for batch in calls])[..., 0]
-    assert valid.sum() == np.prod(shape)
-    counts = np.bincount(labels[valid == 1], minlength=NUM_CLASSES)
-    np.testing.assert_array_equal(counts, np.bincount(values.ravel(), minlength=NUM_CLASSES))
-    np.testing.assert_array_equal(images[valid == 1], labels[valid == 1])
-    # Padding and the examples that fill up the last batch.
-    assert not labels[valid == 0].any() and not images[valid == 0].any()
-    num_examples = shape[2] if len(patch_size) == 2 else 1
-    assert (valid.any((1, 2) if len(patch_size) == 2 else (1, 2, 3))).sum() == num_examples
-
-
-def test_all_of_a_larger_case_is_valid_in_every_tile():
-    predict_fn, calls = recording(predict_value)
-    image, values = make_image((20, 17, 3))
-    predict_case(predict_fn, image, values, patch_size=(8, 6), batch_size=4)
-    valid = np.concatenate([batch["valid"] for batch in calls])
-    num_tiles = len(tile_starts(20, 8)) * len(tile_starts(17, 6)) * 3
-    assert len(valid) == -(-num_tiles // 4) * 4
-    assert valid[:num_tiles].all() and not valid[num_tiles:].any()
-
-
-def test_the_label_never_changes_the_prediction():
-    def smooth(batch):
-        image = batch["image"]
-        return np.concatenate([image, 1 - image + np.roll(image, 1, axis=1)], axis=-1)
-
-    image = np.random.default_rng(0).normal(size=(13, 11, 4, 1)).astype(np.float32)
-    labels = (np.zeros((13, 11, 4), np.uint8), np.ones((13, 11, 4), np.uint8))
-    results = [predict_case(smooth, image, x, patch_size=(8, 6), batch_size=3) for x in labels]
-    np.testing.assert_array_equal(*results)
-    assert np.ptp(results[0]) > 0
-
-
-def test_several_channels_reach_the_network():
-    image = np.random.default_rng(0).normal(size=(9, 7, 3, 2)).astype(np.float32)
-
-    def passed_on(batch):
-        return batch["image"]
-
-    label = np.zeros((9, 7, 3), np.uint8)
-    probs = predict_case(passed_on, image, label, patch_size=(5, 4), batch_size=2)
-    np.testing.assert_allclose(probs, image, rtol=1e-5)
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_mirrored_is_numpy_reflection_for_both_kinds_of_array(size):
+    expected = np.pad(np.arange(size), (9, 11), mode="reflect")
+    place = np.arange(-9, size + 11)
+    np.testing.assert_array_equal(inference.mirrored(place, size), expected)
+    np.testing.assert_array_equal(jax.jit(inference.mirrored)(place, size), expected)
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch_size", "margin"),
+    ("size", "source", "patch", "margin", "batch", "parts", "strips"),
     [
-        ((30, 23, 2), (12, 11), (3, 2)),
-        ((5, 2, 1), (12, 11), (3, 2)),
-        ((13, 9, 8), (8, 9, 7), (1, 2, 2)),
-        ((3, 9, 1), (8, 9, 7), (1, 2, 2)),
+        ((20, 31, 17), (20, 31, 17), (16, 16, 8), (0, 0, 0), 2, 1, 1),
+        ((20, 31, 17), (33, 25, 40), (16, 16, 8), (0, 0, 0), 3, 3, 2),
+        ((9, 70, 17), (5, 90, 40), (16, 12, 8), (0, 0, 0), 3, 2, 3),
+        ((5, 6, 7), (5, 6, 7), (16, 12, 8), (0, 0, 0), 1, 1, 1),
+        ((20, 31, 17), (33, 25, 40), (14, 10, 8), (1, 1, 1), 4, 2, 1),
+        ((3, 2, 4), (3, 5, 4), (14, 10, 8), (1, 1, 1), 4, 1, 1),
+        ((1, 130, 70), (1, 100, 64), (32, 16), (0, 0), 8, 1, 2),
+        ((21, 30, 20), (33, 40, 15), (32, 16), (0, 0), 8, 2, 1),
     ],
 )
-def test_unpadded_tiles_give_what_the_whole_mirrored_image_gives(shape, patch_size, margin):
-    rank = len(patch_size)
+def test_equals_plain_sliding_window(size, source, patch, margin, batch, parts, strips):
+    image = np.random.default_rng(0).normal(size=(*size, 2)).astype(np.float32)
+    tiling = inference.create_tiling(patch, margin, batch, bucket(size[0]))
+    patch_fn = functools.partial(convolve, padding="VALID" if any(margin) else "SAME")
+    if len(patch) == 2:
+        patch_fn = convolve_slices
+    result = predict(patch_fn, image, source, tiling, parts, strips)["maps"]
+    expected = reference(patch_fn, image, source, tiling)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(40, 33, 26), (9, 11, 7), (17, 70, 5)])
+def test_tiling_leaves_no_seam(size):
+    """A network that sees one voxel around does not notice that it is tiled."""
+    image = np.random.default_rng(0).normal(size=(*size, 2)).astype(np.float32)
+    tiling = inference.create_tiling((14, 12, 10), (1, 1, 1), 2, 64)
+    tiled = predict(functools.partial(convolve, padding="VALID"), image, size, tiling)["maps"]
+    whole = np.pad(image, [(1, 1)] * 3 + [(0, 0)], mode="reflect")
+    np.testing.assert_allclose(tiled, convolve(whole[None], "VALID")[0], rtol=0, atol=1e-5)
+
+
+def test_strips_and_parts_change_nothing_but_memory():
+    image = np.random.default_rng(0).normal(size=(20, 70, 17, 2)).astype(np.float32)
+    tiling = inference.create_tiling((8, 12, 8), (0, 0, 0), 2, 64)
+    patch_fn = functools.partial(convolve, padding="SAME")
+    source = (25, 90, 30)
+    whole = predict(patch_fn, image, source, tiling)["maps"]
+    split = predict(patch_fn, image, source, tiling, parts=4, strips=5)["maps"]
+    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)
+
+
+def test_what_is_emitted_is_a_function_of_blended_maps():
+    image = np.random.default_rng(0).normal(size=(9, 10, 11, 2)).astype(np.float32)
+    tiling = inference.create_tiling((8, 8, 8), (0, 0, 0), 2, 64)
+
+    def emit(maps):
+        return {"maps": maps, "label": jnp.argmax(maps, -1).astype(jnp.uint8)}
+
+    patch_fn = functools.partial(convolve, padding="SAME")
+    outputs = predict(patch_fn, image, (12, 10, 9), tiling, emit_fn=emit)
+    assert outputs["label"].dtype == np.uint8
+    np.testing.assert_array_equal(outputs["label"], outputs["maps"].argmax(-1))
+
+
+def test_slices_are_taken_as_many_at_a_time_as_the_batch_holds():
+    assert inference.create_tiling((32, 16), (0, 0), 8, 64).patch == (8, 32, 16)
+    assert inference.create_tiling((32, 16), (0, 0), 8, 64).batch_size == 1
+    picture = inference.create_tiling((32, 16), (4, 4), 8, 1)
+    assert (picture.patch, picture.margin, picture.batch_size) == ((1, 32, 16), (0, 4, 4), 8)
+    assert (picture.window, picture.step) == ((1, 24, 8), (1, 12, 4))
+
+
+def test_strips_bound_the_buffer():
+    tiling = inference.create_tiling((64, 64, 64), (0, 0, 0), 1, 64)
+
+    def patch_fn(patches):
+        return jnp.concatenate([patches] * 20, axis=-1)
+
+    def strips(buffer_bytes):
+        box = (640, 512, 512)
+        return inference.num_strips_within(buffer_bytes, patch_fn, (640, 512, 512, 1), box, tiling)
+
+    assert strips(65 * 512 * 512 * 20 * 4) == 1
+    few = strips(65 * 512 * 512 * 20 * 4 - 1)
+    width = inference.strip_buffer_width(512, 512, 64, few)
+    assert few > 1 and width * 65 * 512 * 20 * 4 < 65 * 512 * 512 * 20 * 4
+    assert strips(1) == 16  # as little as it can
+
+
+def test_a_strip_buffer_holds_all_tiles_that_a_strip_needs():
     rng = np.random.default_rng(0)
-    kernel = rng.normal(size=[2 * m + 1 for m in margin])
-    image = rng.normal(size=(*shape, 1)).astype(np.float32)
-    label = rng.integers(0, 3, shape)
-
-    def unpadded(x):
-        """Correlation of [*S] with the kernel where it fits."""
-        windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape)
-        return np.einsum(windows, [..., *range(rank)], kernel, range(rank))
-
-    def predict_fn(batch):
-        assert batch["image"].shape == (*batch["label"].shape, 1) == (2, *patch_size, 1)
-        return np.stack([unpadded(x) for x in batch["image"][..., 0]])[..., None]
-
-    result = predict_case(
-        predict_fn, image, label, patch_size=patch_size, batch_size=2, margin=margin
-    )
-    pads = [(m, m) for m in margin]
-    if rank == 2:
-        slices = [
-            unpadded(np.pad(image[:, :, z, 0], pads, mode="reflect")) for z in range(shape[2])
-        ]
-        expected = np.stack(slices, axis=-1)
-    else:
-        expected = unpadded(np.pad(image[..., 0], pads, mode="reflect"))
-    np.testing.assert_allclose(result[..., 0], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_with_a_margin_a_voxel_is_valid_where_the_scan_is():
-    calls = []
-
-    def predict_fn(batch):
-        calls.append(batch)
-        return np.ones((1, 4, 4, 1), np.float32)
-
-    image = np.ones((3, 4, 1, 1), np.float32)
-    label = np.full((3, 4, 1), 2)
-    predict_case(predict_fn, image, label, patch_size=(8, 8), batch_size=1, margin=(2, 2))
-    (batch,) = calls
-    expected = np.zeros((1, 8, 8))
-    expected[:, 3:6, 2:6] = 1
-    np.testing.assert_array_equal(batch["valid"], expected)
-    np.testing.assert_array_equal(batch["label"], 2 * expected)
-    assert (batch["image"] == 1).all()
+    for window in (4, 12, 12, 12, 40, 40):
+        size, source = (int(n) for n in rng.integers(1, 300, 2))
+        num_strips = int(rng.integers(1, 6))
+        capacity, source_capacity = bucket(size), bucket(source)
+        width = inference.strip_buffer_width(capacity, source_capacity, window, num_strips)
+        axis = inference._Axis(size, window, max(window // 2, 1), capacity)
+        for strip in range(num_strips):
+            rows = source * strip // num_strips, source * (strip + 1) // num_strips
+            if rows[0] < rows[1]:
+                first, end = axis.tiles_over(rows, source)
+                assert axis.starts[end - 1] + window - axis.starts[first] <= width

@@ -5,9 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from jaxseg.metrics import confusion_counts, mean_foreground, scores_from_counts, summarise
+from jaxseg import metrics
+from jaxseg.metrics import (
+    class_boxes,
+    confusion_counts,
+    lesion_scores,
+    mean_foreground,
+    scores_from_counts,
+    summarise,
+    volumes_from_counts,
+)
 
-nan = math.nan
+nan, inf = math.nan, math.inf
 
 
 def brute_force_counts(prediction, label, num_classes):
@@ -31,6 +40,16 @@ def test_counts_match_brute_force(shape, dtype, num_classes):
     counts = confusion_counts(prediction, label, num_classes)
     assert counts.dtype == np.int64
     np.testing.assert_array_equal(counts, brute_force_counts(prediction, label, num_classes))
+
+
+def test_counts_do_not_depend_on_how_many_voxels_are_counted_at_once(monkeypatch):
+    rng = np.random.default_rng(3)
+    label, prediction = rng.integers(0, 4, (2, 7, 6, 5), dtype=np.uint8)
+    label = np.asfortranarray(label)
+    whole = confusion_counts(prediction, label, 4)
+    monkeypatch.setattr(metrics, "_BLOCK_VOXELS", 64)
+    np.testing.assert_array_equal(confusion_counts(prediction, label, 4), whole)
+    np.testing.assert_array_equal(whole, brute_force_counts(prediction, label, 4))
 
 
 def test_counts_by_hand_with_unlike_dtypes():
@@ -120,6 +139,15 @@ def test_summarise_by_hand():
     np.testing.assert_array_equal(iou["num"], [2])
 
 
+def test_infinite_scores_are_counted_beside_the_mean():
+    cases = [{"hd": np.array([1.0, inf])}, {"hd": np.array([inf, inf])}, {"hd": np.array([4, nan])}]
+    summary = summarise(cases)["hd"]
+    np.testing.assert_array_equal(summary["mean"], [2.5, nan])
+    np.testing.assert_allclose(summary["sd"], [math.sqrt(4.5), nan])
+    np.testing.assert_array_equal(summary["num"], [2, 0])
+    np.testing.assert_array_equal(summary["num_infinite"], [1, 2])
+
+
 def test_summarise_matches_numpy_class_by_class():
     rng = np.random.default_rng(2)
     by_case = np.where(rng.random((9, 4)) < 0.3, nan, rng.random((9, 4)))
@@ -134,3 +162,112 @@ def test_summarise_matches_numpy_class_by_class():
 def test_summarise_of_no_case_is_refused():
     with pytest.raises(ValueError, match="at least one case"):
         summarise([])
+
+
+@pytest.mark.parametrize(
+    ("step", "voxel_mm3"),
+    [
+        (np.diag([0.5, 2, 3]), 3),
+        ([[0, -2, 0], [1, 0, 0], [0, 0, 4]], 8),
+        ([[0, 2, 0], [1, 0, 0], [0, 0, 4]], 8),  # left-handed
+        ([[1, 0.5, 0], [0, 2, 0.7], [0, 0, 3]], 6),  # sheared
+    ],
+)
+def test_volumes_by_hand(step, voxel_mm3):
+    affine = np.eye(4)
+    affine[:3, :3] = step
+    volumes = volumes_from_counts([[600, 100, 50], [0, 0, 0], [0, 200, 0]], affine)
+    assert set(volumes) == {"volume_ml", "reference_volume_ml", "volume_error_ml"}
+    ml = voxel_mm3 / 1000
+    np.testing.assert_allclose(volumes["volume_ml"], [700 * ml, 0, 200 * ml])
+    np.testing.assert_allclose(volumes["reference_volume_ml"], [650 * ml, 0, 0])
+    np.testing.assert_allclose(volumes["volume_error_ml"], [50 * ml, 0, 200 * ml])
+
+
+def lesions_by_flooding(mask):
+    """Sets of voxels that hang together by faces, edges or corners."""
+    left, lesions = set(map(tuple, np.argwhere(mask))), []
+    while left:
+        waiting, lesion = [left.pop()], set()
+        while waiting:
+            voxel = waiting.pop()
+            lesion.add(voxel)
+            near = {n for n in left if max(abs(np.subtract(n, voxel))) <= 1}
+            left -= near
+            waiting += near
+        lesions.append(lesion)
+    return lesions
+
+
+def brute_force_lesions(prediction, label, min_overlap):
+    """(precision, recall) of one class."""
+    found = []
+    for mask, other in ((prediction, label), (label, prediction)):
+        covering = set(map(tuple, np.argwhere(other)))
+        shares = [len(lesion & covering) / len(lesion) for lesion in lesions_by_flooding(mask)]
+        met = [share > 0 and share >= min_overlap for share in shares]
+        found.append(np.mean(met) if met else nan)
+    return found
+
+
+@pytest.mark.parametrize("min_overlap", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(9, 8, 7), (12, 15, 1)])
+def test_lesions_match_flooding(shape, min_overlap):
+    rng = np.random.default_rng(4)
+    for _ in range(8):
+        label = rng.choice(3, shape, p=[0.9, 0.05, 0.05]).astype(np.uint8)
+        prediction = np.where(rng.random(shape) < 0.7, label, np.roll(label, 1, axis=1))
+        scores = lesion_scores(prediction, label, 3, min_overlap)
+        for index in (1, 2):
+            p, r = brute_force_lesions(prediction == index, label == index, min_overlap)
+            assert scores["lesion_precision"][index] == pytest.approx(p, nan_ok=True)
+            assert scores["lesion_recall"][index] == pytest.approx(r, nan_ok=True)
+            assert scores["lesion_f1"][index] == pytest.approx(2 * p * r / (p + r))
+
+
+def line(*ranges):
+    """A volume of 40 voxels in a row with ones in the given ranges."""
+    volume = np.zeros((1, 1, 40), np.uint8)
+    for start, stop in ranges:
+        volume[0, 0, start:stop] = 1
+    return volume
+
+
+@pytest.mark.parametrize(
+    ("prediction", "label", "min_overlap", "expected"),
+    [
+        # Both lesions are met, by 1 and 2 of their 4 voxels; of the predicted ones the first two
+        # are, by 1 of 3 and 2 of 10.
+        ([(3, 6), (12, 22), (30, 32)], [(0, 4), (10, 14)], 0.0, (2 / 3, 1, 0.8)),
+        ([(3, 6), (12, 22), (30, 32)], [(0, 4), (10, 14)], 0.5, (0, 1 / 2, 0)),
+        ([(0, 4)], [(0, 8)], 0.5, (1, 1, 1)),  # at least the fraction
+        ([(0, 4), (5, 8)], [(0, 8)], 0.0, (1, 1, 1)),  # two parts of one lesion
+        ([(0, 4)], [(6, 9)], 0.0, (0, 0, 0)),
+        ([(0, 4)], [], 0.0, (0, nan, 0)),
+        ([], [(0, 4)], 0.0, (nan, 0, 0)),
+        ([], [], 0.0, (nan, nan, nan)),
+    ],
+)
+def test_lesions_by_hand(prediction, label, min_overlap, expected):
+    scores = lesion_scores(line(*prediction), line(*label), 2, min_overlap)
+    names = ("lesion_precision", "lesion_recall", "lesion_f1")
+    np.testing.assert_allclose([scores[name][1] for name in names], expected)
+    assert all(np.isnan(scores[name][0]) for name in names)
+
+
+def test_lesions_hang_together_by_corners():
+    label = np.zeros((4, 4, 4), np.uint8)
+    label[0, 0, 0] = label[1, 1, 1] = label[3, 3, 3] = 1
+    prediction = np.zeros_like(label)
+    prediction[0, 0, 0] = 1
+    assert lesion_scores(prediction, label, 2)["lesion_recall"][1] == 1 / 2
+
+
+def test_boxes_hold_a_class_in_both():
+    prediction, label = np.zeros((2, 6, 7, 8), np.uint8)
+    prediction[1:3, 4, 0], label[2:5, 2, 7] = 1, 1
+    label[5, 6, 7] = 3
+    assert list(class_boxes(prediction, label, 5)) == [
+        (1, (slice(1, 5), slice(2, 5), slice(0, 8))),
+        (3, (slice(5, 6), slice(6, 7), slice(7, 8))),
+    ]

@@ -1,3 +1,5 @@
+import xml.etree.ElementTree
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -126,6 +128,71 @@ def test_a_colour_image_keeps_its_colours(tmp_path):
     red, green = count_of(pixels, (255, 0, 0)), count_of(pixels, (0, 255, 0))
     assert red > 10_000
     assert red == pytest.approx(green, rel=0.05)
+
+
+def test_boxes_show_the_quartiles_and_every_case():
+    values = [[0.1, 5.0], [0.2, np.nan], [0.3, 7.0], [0.4, np.inf], [0.5, 6.0]]
+    figure = plots.draw_boxes(values, ["liver", "tumour"], "Dice")
+    (axis,) = figure.axes
+    boxes = [patch.get_path().vertices[:-1] for patch in axis.patches]
+    reach = [(box[:, 0].min(), box[:, 0].max()) for box in boxes]
+    np.testing.assert_allclose(reach, [(0.2, 0.4), (5.5, 6.5)])
+    points = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "."]
+    assert points == [[0.1, 0.2, 0.3, 0.4, 0.5], [5.0, 7.0, 6.0]]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["liver", "tumour"]
+    assert axis.yaxis_inverted()
+    plt.close(figure)
+
+
+def test_a_long_name_leaves_room_for_the_boxes():
+    name = "left lateral ventricle, temporal horn, without choroid plexus"
+    text = plots.svg_of(plots.draw_boxes, [[0.5]], [name], "Dice")
+    assert "left lateral ventricle,…" in text and name not in text
+
+
+def test_a_class_without_a_case_keeps_its_place():
+    figure = plots.draw_boxes([[np.nan, 0.5]], ["liver", "tumour"], "Dice")
+    points = [line.get_xydata() for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert len(points[0]) == 0
+    assert points[1][0, 0] == 0.5 and round(points[1][0, 1]) == 1
+    plt.close(figure)
+
+
+def test_reliability_is_drawn_against_the_diagonal():
+    curves = {"before": ([0.5, 0.9], [0.4, 0.7]), "after": ([0.45, 0.8], [0.4, 0.75])}
+    figure = plots.draw_reliability(curves)
+    assert lines_of(figure.axes[0]) == {
+        "ideal": [[0, 0], [1, 1]],
+        "before": [[0.5, 0.4], [0.9, 0.7]],
+        "after": [[0.45, 0.4], [0.8, 0.75]],
+    }
+    plt.close(figure)
+
+
+def test_an_svg_has_the_ink_of_the_page_and_escaped_text():
+    names = ["</text><script>", "$\\frac{", "_b"]
+    before = dict(plt.rcParams)
+    text = plots.svg_of(plots.draw_boxes, [[0.1, 0.2, 0.3]], names, "a & b")
+    root = xml.etree.ElementTree.fromstring(text)
+    shown = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {*names, "a & b"} <= shown
+    assert "script" not in {element.tag.partition("}")[2] for element in root.iter()}
+    assert "stroke: currentColor" in text and plots._INK not in text
+    assert "#000000" not in text  # unseen on a dark page
+    assert plt.get_fignums() == [] and dict(plt.rcParams) == before
+
+
+def test_curves_on_a_page_show_one_panel():
+    figure = plots.draw_curves([{"step": 3, "loss": 1.0, "val_loss": 2.0}], *plots.CURVES[0])
+    assert lines_of(figure.axes[0]) == {"loss": [[3, 1.0]], "val_loss": [[3, 2.0]]}
+    plt.close(figure)
+
+
+def test_a_name_with_a_dollar_is_no_formula(tmp_path):
+    blank = np.zeros((4, 4), np.uint8)
+    panels = [("$\\frac{", blank, blank, blank, 1.0)]
+    plots.save_contact_sheet(str(tmp_path / "sheet.png"), panels, ("bg", "$_{"))
+    assert pixels_of(tmp_path / "sheet.png").std() > 0
 
 
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path):

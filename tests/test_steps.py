@@ -225,13 +225,12 @@ def test_dropout_is_fixed_by_key_and_step():
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
-def test_evaluation_gives_softmax_and_sums_over_examples_that_count(num_devices):
+def test_evaluation_sums_over_examples_that_count(num_devices):
     model, batch = Pixelwise(norm="batch", dropout=0.5), make_batch(5)
     state = make_state(model)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = np.asarray(model.apply(variables, batch["image"]), np.float64)
     losses = dice_cross_entropy_loss(np.float32(logits), batch["label"], valid=batch["valid"])
-    expected_probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
     batch = with_fillers(batch, 3)
     axis_name = None
@@ -245,10 +244,8 @@ def test_evaluation_gives_softmax_and_sums_over_examples_that_count(num_devices)
         axis_name=axis_name,
     )
     if num_devices > 1:
-        step = jax.vmap(step, in_axes=(None, 0), out_axes=(0, None), axis_name=axis_name)
-    probs, sums = jax.jit(step)(state, batch)
-    probs = probs.reshape(8, *expected_probs.shape[1:])
-    np.testing.assert_allclose(probs[3:], expected_probs, rtol=1e-4, atol=1e-6)
+        step = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=axis_name)
+    sums = jax.jit(step)(state, batch)
     np.testing.assert_allclose(sums["loss"], losses.sum(), rtol=1e-5)
     assert sums["count"] == 5
 

@@ -21,21 +21,17 @@ LOCATIONS_PER_CLASS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class PreparedCase:
-    """A case as the network sees it, with what is needed to go back.
+    """A case as the network sees it.
 
     Attributes:
       image: [X, Y, Z, C] float32, normalised, RAS+ grid of the plan's spacing.
       label: [X, Y, Z] uint8 class indices.
-      original_affine: [4, 4] float64 of the file.
-      original_shape: (X, Y, Z) of the file.
       locations: for each foreground class present, [N, 3] voxels of that class.
       weight: [X, Y, Z] float32, what each voxel counts in the loss; None means 1.
     """
 
     image: np.ndarray
     label: np.ndarray
-    original_affine: np.ndarray
-    original_shape: tuple[int, ...]
     locations: tuple[np.ndarray, ...]
     weight: np.ndarray | None = None
 
@@ -47,7 +43,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
     never mistaken for a finished one.
     """
 
-    VERSION = tfds.core.Version("1.2.0")
+    VERSION = tfds.core.Version("1.3.0")
 
     def __init__(self, *, data_dir, border_weight=None, dataset=None, plan=None, progress=iter):
         self._border_weight = border_weight
@@ -60,11 +56,6 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
         features = {
             "image": tfds.features.Tensor(shape=(None,) * 4, dtype=np.float32, encoding="bytes"),
             "label": tfds.features.Tensor(shape=(None,) * 3, dtype=np.uint8, encoding="zlib"),
-            # Without an encoding TFDS would store float32.
-            "original_affine": tfds.features.Tensor(
-                shape=(4, 4), dtype=np.float64, encoding="bytes"
-            ),
-            "original_shape": tfds.features.Tensor(shape=(3,), dtype=np.int32),
         }
         if self._border_weight:
             features["weight"] = tfds.features.Tensor(
@@ -93,8 +84,6 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
                 "label": preprocess.preprocess_label(
                     label, label_affine, self._plan, len(dataset.class_names)
                 ),
-                "original_affine": affine,
-                "original_shape": np.asarray(image.shape[:3], np.int32),
             }
             if self._border_weight:
                 instances = preprocess.preprocess_instances(
@@ -124,8 +113,6 @@ class CaseStore:
         return PreparedCase(
             image=record["image"],
             label=label,
-            original_affine=record["original_affine"],
-            original_shape=tuple(map(int, record["original_shape"])),
             locations=tuple(_locations(label == c) for c in present[present > 0]),
             weight=record.get("weight"),
         )

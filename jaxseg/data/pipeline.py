@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from jaxseg.data.augment import augment, region_size
-from jaxseg.inference import mirrored_indices
+from jaxseg.inference import mirrored
 
 
 def train_batches(
@@ -130,7 +130,8 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=
     inside, target = tuple(inside), tuple(target)
 
     if any(margin):
-        region_image = image[np.ix_(*(mirrored_indices(*span) for span in spans))]
+        places = (mirrored(np.arange(start, stop), size) for start, stop, size in spans)
+        region_image = image[np.ix_(*places)]
     else:
         region_image = np.zeros((*region, image.shape[-1]), np.float32)
         region_image[target] = image[inside]

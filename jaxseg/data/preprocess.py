@@ -6,7 +6,7 @@ import json
 import numpy as np
 from scipy import ndimage
 
-from jaxseg import geometry
+from jaxseg import familiarity, geometry
 from jaxseg.data.cases import DatasetProblems
 from jaxseg.data.volumes import read_image, read_label
 
@@ -25,6 +25,7 @@ class Plan:
         standard deviation, all of the training cases' foreground; () for a "zscore" channel.
       image_order: spline order of image resampling, 1 or 3.
       label_order: 0 nearest, 1 linear of one-hot labels.
+      typical: what the training images are like, of `familiarity.typical_ranges`.
     """
 
     spacing_mm: tuple[float, ...]
@@ -32,6 +33,7 @@ class Plan:
     intensity: tuple[tuple[float, ...], ...]
     image_order: int
     label_order: int
+    typical: dict = dataclasses.field(default_factory=dict)
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -60,7 +62,7 @@ def make_plan(
     Raises:
       DatasetProblems: CT normalisation, and no foreground in any training label.
     """
-    spacings, foregrounds = [], []
+    spacings, foregrounds, features = [], [], []
     for case in cases:
         image, affine = read_image(case.image_path)
         image, canonical_affine = geometry.to_canonical(image, affine)
@@ -68,6 +70,7 @@ def make_plan(
         num_channels = image.shape[-1]
         names = modalities or ("unknown",) * num_channels
         kinds = tuple(_normalisation_of(name, normalisation) for name in names)
+        features.append(familiarity.describe_image(image, spacings[-1], kinds))
         if "ct" in kinds:
             label, label_affine = read_label(case.label_path, label_values)
             label, _ = geometry.to_canonical(label, label_affine)
@@ -89,6 +92,7 @@ def make_plan(
         ),
         image_order=image_order,
         label_order=label_order,
+        typical=familiarity.typical_ranges(features),
     )
 
 
@@ -167,22 +171,6 @@ def border_weights(instances, *, w0=10.0, sigma=5.0):
         nearest[window] = np.minimum(nearest[window], distance)
     gaps = w0 * np.exp(-((nearest + second) ** 2) / (2 * sigma**2))
     return np.where(cells, weights, weights + gaps).astype(np.float32)
-
-
-def restore_probs(probs, original_shape, original_affine):
-    """Undoes the spatial part of `preprocess_image`.
-
-    Args:
-      probs: [X', Y', Z', K] float32 on the preprocessed grid.
-      original_shape: [X, Y, Z] of the file.
-      original_affine: [4, 4] of the file.
-    Returns:
-      [X, Y, Z, K] float32 on the file's own grid, linearly resampled.
-    """
-    probe = np.broadcast_to(np.uint8(0), original_shape)
-    canonical_shape = geometry.to_canonical(probe, original_affine)[0].shape
-    probs = geometry.resample_to_shape(probs, canonical_shape, order=1)
-    return geometry.from_canonical(probs, original_affine)
 
 
 def _target_shape(shape, affine, plan):

@@ -2,15 +2,17 @@ import dataclasses
 import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from jaxseg import inference
 from jaxseg.config import base_config
 from jaxseg.data.augment import region_size
 from jaxseg.data.builder import PreparedCase
 from jaxseg.data.pipeline import sample_region, train_batches
-from jaxseg.inference import predict_case
 
 OFF = base_config().augment.to_dict()
 for options in OFF.values():
@@ -28,8 +30,6 @@ def make_case(label, image=None):
     return PreparedCase(
         image=np.asarray(image, np.float32),
         label=label,
-        original_affine=np.eye(4),
-        original_shape=label.shape,
         locations=tuple(np.argwhere(label == c) for c in np.unique(label[label > 0])),
     )
 
@@ -266,31 +266,56 @@ def test_a_case_without_foreground_is_drawn_anywhere():
     assert image.any() and not label.any() and valid[2:6, 2:6].all()
 
 
+def seen_in_inference(image, patch_size, margin):
+    """The one patch that whole-volume prediction makes of a small case."""
+    order = (2, 0, 1) if len(patch_size) == 2 else (0, 1, 2)
+    image = image.transpose(*order, 3)
+    tiling = inference.create_tiling(patch_size, margin, 1, image.shape[0])
+    captured = []
+
+    def patch_fn(patches):
+        if not isinstance(patches, jax.core.Tracer):
+            captured.append(np.asarray(patches))
+        return jnp.zeros((1, *tiling.window, 2))
+
+    size = np.int32(image.shape[:3])
+    with jax.disable_jit():
+        inference.predict_volume(
+            patch_fn,
+            lambda maps: {"maps": maps},
+            jnp.asarray(image),
+            size,
+            size,
+            (0, 1),
+            tiling=tiling,
+            source_box=image.shape[:3],
+            num_strips=1,
+        )
+    (patches,) = captured
+    return patches[0, 0] if len(patch_size) == 2 else patches[0]
+
+
 @pytest.mark.parametrize("margin", [(0, 0, 0), (2, 1, 1), (0, 3, 0)])
 @pytest.mark.parametrize("patch_size", [(9, 8), (8, 9), (9, 8, 7), (8, 9, 6)])
 @pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 1), (1, 1, 1)])
 def test_a_small_case_is_padded_in_training_as_in_inference(shape, patch_size, margin):
     margin = margin[: len(patch_size)]
     case = random_case(shape)
-    captured = []
-
-    def predict_fn(batch):
-        captured.append(batch)
-        window = (p - 2 * m for p, m in zip(patch_size, margin, strict=True))
-        return np.zeros((1, *window, 2), np.float32)
-
-    tiling = {"patch_size": patch_size, "batch_size": 1, "margin": margin}
-    predict_case(predict_fn, case.image, case.label, **tiling)
-    (expected,) = captured
+    expected = seen_in_inference(case.image, patch_size, margin)
+    inside = np.zeros(patch_size, np.float32)
+    start = [-(-(p - n) // 2) for p, n in zip(patch_size, shape, strict=False)]
+    inside[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=False))] = 1
     params = base_config(rank=len(patch_size)).augment.to_dict()
     for region in (patch_size, region_size(patch_size, params)):
         rng = np.random.default_rng(0)
-        arrays = sample_region(case, rng, region, patch_size, 0.5, margin=margin)
-        for name, array in zip(("image", "label", "valid"), arrays, strict=True):
-            np.testing.assert_array_equal(array[centre(region, patch_size)], expected[name][0])
+        image, _, valid = sample_region(case, rng, region, patch_size, 0.5, margin=margin)
+        np.testing.assert_array_equal(image[centre(region, patch_size)], expected)
+        np.testing.assert_array_equal(valid[centre(region, patch_size)], inside)
 
-    off = {"augment_params": OFF, "num_channels": 3} | tiling
-    assert_equal(batches({"a": case}, num_steps=1, **off), [expected])
+    options = {"patch_size": patch_size, "batch_size": 1, "margin": margin}
+    off = {"augment_params": OFF, "num_channels": 3} | options
+    (batch,) = batches({"a": case}, num_steps=1, **off)
+    np.testing.assert_array_equal(batch["image"][0], expected)
 
 
 @pytest.mark.parametrize(

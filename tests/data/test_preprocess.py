@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from jaxseg import geometry
-from jaxseg.data import preprocess
 from jaxseg.data.cases import Case, DatasetProblems
 from jaxseg.data.preprocess import (
     Plan,
@@ -61,6 +60,14 @@ def blob(shape, affine, radius_mm):
     return ((distance < radius_mm).astype(np.uint8) + (distance < radius_mm / 2)).astype(np.uint8)
 
 
+def restore(probs, shape, affine):
+    """Brings [X', Y', Z', K] from the preprocessed grid back to the file's, as prediction does."""
+    canonical, _ = geometry.to_canonical(np.zeros(shape), affine)
+    return geometry.from_canonical(
+        geometry.resample_to_shape(probs, canonical.shape, order=1), affine
+    )
+
+
 @each_affine
 @pytest.mark.parametrize("label_order", [0, 1])
 def test_restoring_at_the_same_spacing_is_the_identity(affine, label_order):
@@ -70,7 +77,7 @@ def test_restoring_at_the_same_spacing_is_the_identity(affine, label_order):
     plan = make_plan_of(spacing_mm, label_order=label_order)
     prepared = preprocess_label(label, affine, plan, 3)
     assert sorted(prepared.shape) == [5, 6, 7]
-    probs = preprocess.restore_probs(one_hot(prepared, 3), label.shape, affine)
+    probs = restore(one_hot(prepared, 3), label.shape, affine)
     np.testing.assert_array_equal(probs, one_hot(label, 3))
 
 
@@ -84,7 +91,7 @@ def test_restoring_after_resampling_nearly_gives_the_label_back(affine, label_or
     plan = make_plan_of(target_mm, label_order=label_order)
     prepared = preprocess_label(label, affine, plan, 3)
     assert prepared.shape != label.shape
-    probs = preprocess.restore_probs(one_hot(prepared, 3), label.shape, affine)
+    probs = restore(one_hot(prepared, 3), label.shape, affine)
     assert probs.shape == (*shape, 3) and probs.dtype == np.float32
     np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-5)
     restored = probs.argmax(-1)

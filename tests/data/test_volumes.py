@@ -1,6 +1,7 @@
 import gzip
 import os
 import pathlib
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -70,6 +71,45 @@ def test_read_image_applies_the_file_scaling(tmp_path):
     path.write_bytes(gzip.compress(content))
     image, _ = volumes.read_image(path)
     np.testing.assert_array_equal(image[..., 0], stored * 0.5 - 1024)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("scaling", [None, (0.25, -1024), (np.float32(1 / 3), 7)])
+def test_read_image_in_pieces_is_what_nibabel_reads(tmp_path, monkeypatch, suffix, scaling):
+    monkeypatch.setattr(volumes, "_VOXELS_AT_ONCE", 7)
+    path = tmp_path / f"a{suffix}"
+    save_nifti(path, random_values(np.int16, (3, 4, 5, 2)), scaling=scaling)
+    image, _ = volumes.read_image(path)
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(image, np.asarray(nibabel.load(path).dataobj, np.float32))
+
+
+def test_read_image_of_another_byte_order(tmp_path):
+    header = nibabel.Nifti1Header(endianness=">")
+    header.set_data_dtype(">i2")
+    values = random_values(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, OBLIQUE, header), tmp_path / "a.nii")
+    assert (tmp_path / "a.nii").read_bytes()[:4] == (348).to_bytes(4, "big")
+    image, affine = volumes.read_image(tmp_path / "a.nii")
+    np.testing.assert_array_equal(image[..., 0], values)
+    np.testing.assert_array_equal(affine, OBLIQUE)
+    volumes.write_label(tmp_path / "b.nii", values, affine, range(200), like=tmp_path / "a.nii")
+    label, affine = volumes.read_label(tmp_path / "b.nii", range(200))
+    np.testing.assert_array_equal(label, values)
+    np.testing.assert_array_equal(affine, OBLIQUE)
+
+
+def test_read_image_holds_little_more_than_the_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(volumes, "_VOXELS_AT_ONCE", 1 << 14)
+    values = np.random.default_rng(0).integers(-1000, 1000, (128, 128, 64)).astype(np.int16)
+    path = save_nifti(tmp_path / "a.nii.gz", values, scaling=(0.5, 0))
+    tracemalloc.start()
+    try:
+        image, _ = volumes.read_image(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert image.nbytes <= peak < 1.2 * image.nbytes
 
 
 @pytest.mark.parametrize("num_channels", [1, 2, 4])
@@ -144,7 +184,12 @@ def damaged_files(folder):
     packed = gzip.compress(good, mtime=0)
     flipped = bytearray(packed)
     flipped[-6] ^= 1  # in the check sum
+    huge = good[:42] + np.array([32767] * 3, "<i2").tobytes() + good[48:]
+    num_claimed = 352 + 2 * 32767**3
     contents = {
+        "cut.nii.gz": (gzip.compress(good[:-20]), f"it holds {len(good) - 20} of {len(good)} "),
+        "huge.nii": (huge, f"it holds {len(good)} of {num_claimed} bytes"),
+        "huge.nii.gz": (gzip.compress(huge), f"it holds {len(good)} of {num_claimed} bytes"),
         "empty.nii": (b"", "the file is empty"),
         "empty.nii.gz": (b"", "the file is empty"),
         "empty.png": (b"", "the file is empty"),
@@ -211,6 +256,12 @@ def test_read_image_counts_what_is_not_finite(tmp_path):
     path = save_nifti(tmp_path / "a.nii", values)
     with pytest.raises(volumes.FileProblem, match="2 NaN and 3 infinite values among 60"):
         volumes.read_image(path)
+
+
+def test_read_image_takes_values_whose_sum_is_beyond_float32(tmp_path):
+    values = np.full((3, 4, 5), 3e38, np.float32)
+    image, _ = volumes.read_image(save_nifti(tmp_path / "a.nii", values))
+    np.testing.assert_array_equal(image[..., 0], values)
 
 
 def test_read_image_refuses_an_image_without_voxels(tmp_path):
@@ -335,8 +386,8 @@ def test_write_label_as_png(tmp_path, label_values, mode):
 
 
 @pytest.mark.parametrize("image_class", [nibabel.Nifti1Image, nibabel.Nifti2Image])
-@pytest.mark.parametrize(("sform_code", "qform_code"), [(1, 1), (4, 0), (0, 1), (2, 3)])
-def test_write_label_copies_the_place_of_the_source_image(
+@pytest.mark.parametrize(("sform_code", "qform_code"), [(1, 1), (4, 0), (0, 1), (2, 3), (0, 0)])
+def test_writing_copies_the_place_of_the_source_image(
     tmp_path, image_class, sform_code, qform_code
 ):
     rotation, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))
@@ -347,23 +398,30 @@ def test_write_label_copies_the_place_of_the_source_image(
     source.set_sform(affine, sform_code)
     source.set_qform(affine, qform_code)
     source.header.set_xyzt_units("micron", "sec")
+    source.header.set_slope_inter(0.5, 3)
     source.header["descrip"] = b"patient name"
     nibabel.save(source, tmp_path / "source.nii.gz")
     source = nibabel.load(tmp_path / "source.nii.gz")
 
     _, read_affine = volumes.read_image(tmp_path / "source.nii.gz")
-    label = np.ones((3, 4, 5), np.uint8)
-    path = tmp_path / "label.nii.gz"
-    volumes.write_label(path, label, read_affine, (0, 9), like=tmp_path / "source.nii.gz")
-    written = nibabel.load(path)
-    assert type(written) is image_class
-    assert written.affine.tobytes() == source.affine.tobytes()
-    for field in ("sform_code", "qform_code", "xyzt_units", "srow_x", "quatern_b", "qoffset_z"):
-        assert written.header[field].tobytes() == source.header[field].tobytes(), field
-    assert written.header["pixdim"][:4].tobytes() == source.header["pixdim"][:4].tobytes()
-    assert written.header["descrip"].item() == b""
-    assert written.shape == (3, 4, 5)
-    np.testing.assert_array_equal(np.asarray(written.dataobj), 9)
+    label = random_values(np.uint8) % 2
+    probs = np.random.default_rng(0).random((3, 4, 5, 2))
+    like = tmp_path / "source.nii.gz"
+    volumes.write_label(tmp_path / "label.nii.gz", label, read_affine, (0, 9), like=like)
+    volumes.write_map(tmp_path / "map.nii.gz", probs, read_affine, like=like)
+    for name, values in (("label", 9 * label), ("map", probs.astype(np.float32))):
+        written = nibabel.load(tmp_path / f"{name}.nii.gz")
+        assert type(written) is image_class
+        assert written.affine.tobytes() == source.affine.tobytes()
+        for field in ("sform_code", "qform_code", "xyzt_units"):
+            assert written.header[field].tobytes() == source.header[field].tobytes(), field
+        for field in ("srow_x", "srow_y", "srow_z", "quatern_b", "quatern_c", "quatern_d"):
+            assert written.header[field].tobytes() == source.header[field].tobytes(), field
+        for field in ("pixdim", "qoffset_x", "qoffset_y", "qoffset_z"):
+            assert written.header[field].tobytes() == source.header[field].tobytes(), field
+        assert written.header["descrip"].item() == b""
+        assert written.get_data_dtype() == values.dtype
+        np.testing.assert_array_equal(np.asarray(written.dataobj), values)
 
 
 def test_write_label_refuses_another_grid_than_the_source(tmp_path):
@@ -415,6 +473,66 @@ def test_write_label_makes_equal_bytes_of_equal_arguments(tmp_path):
     first, second = ((tmp_path / name).read_bytes() for name in ("a.nii.gz", "b.nii.gz"))
     assert first == second
     assert first[4:8] == bytes(4)  # no time of writing in the gzip header
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_written_bytes_do_not_depend_on_the_order_in_memory(tmp_path, suffix):
+    label = random_values(np.uint8, (3, 4, 5)) % 7
+    in_memory = {
+        "c": np.ascontiguousarray(label),
+        "f": np.asfortranarray(label),
+        "flipped": np.ascontiguousarray(label[::-1, :, ::-1])[::-1, :, ::-1],
+    }
+    for name, values in in_memory.items():
+        volumes.write_label(tmp_path / f"{name}{suffix}", values, OBLIQUE, tuple(range(7)))
+    contents = {(tmp_path / f"{name}{suffix}").read_bytes() for name in in_memory}
+    assert len(contents) == 1
+    restored, _ = volumes.read_label(tmp_path / f"c{suffix}", tuple(range(7)))
+    np.testing.assert_array_equal(restored, label)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 5, 6), (1, 4, 1, 2)])
+def test_write_map_of_a_volume(tmp_path, suffix, shape):
+    values = np.random.default_rng(0).normal(size=shape)
+    values.flat[0] = np.nan
+    path = tmp_path / f"a{suffix}"
+    volumes.write_map(path, values, OBLIQUE)
+    written = nibabel.load(path)
+    assert written.get_data_dtype() == np.float32
+    assert written.header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_array_equal(np.asarray(written.dataobj), values.astype(np.float32))
+    np.testing.assert_array_equal(written.affine, OBLIQUE)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.TIFF"])
+def test_write_map_of_a_picture_has_a_page_per_class(tmp_path, name):
+    values = np.random.default_rng(0).normal(size=(30, 40, 1, 3))
+    volumes.write_map(tmp_path / name, values, np.eye(4))
+    with Image.open(tmp_path / name) as picture:
+        assert picture.n_frames == 3
+        for page in range(3):
+            picture.seek(page)
+            assert picture.mode == "F"
+            np.testing.assert_array_equal(picture, values[:, :, 0, page].astype(np.float32))
+    volumes.write_map(tmp_path / name, values[..., 0], np.eye(4))
+    image, _ = volumes.read_image(tmp_path / name)
+    np.testing.assert_array_equal(image, values[..., :1].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("a.png", (3, 4, 1), r"\.nii, \.nii\.gz, \.tif or \.tiff"),
+        ("a.tif", (3, 4, 2), r"\[3, 4, 2\]; write NIfTI"),
+        ("a.nii", (3, 4, 6, 2), r"not on the grid of .*source\.nii"),
+    ],
+)
+def test_write_map_refuses(tmp_path, name, shape, message):
+    source = save_nifti(tmp_path / "source.nii", random_values(np.int16))
+    with pytest.raises(ValueError, match=message):
+        volumes.write_map(tmp_path / name, np.zeros(shape), OBLIQUE, like=source)
+    assert os.listdir(tmp_path) == ["source.nii"]
 
 
 def test_real_label_survives_writing_like_its_image(tmp_path):

@@ -1,0 +1,223 @@
+"""A finished run, or an ensemble of them, as a function from an image to its segmentation."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxseg import checkpoint, experiment, familiarity, geometry, parallel, postprocess, program
+from jaxseg import config as config_lib
+from jaxseg.data.preprocess import Plan
+
+# What `train` leaves beside the checkpoints once it has finished: which step, and what was chosen
+# on validation cases.
+FINISHED_NAME = "predictor.json"
+
+
+class PredictorProblem(ValueError):
+    """A run or an image can not be used; the message names it and says how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """All that prediction needs.
+
+    Attributes:
+      config: ConfigDict of the first run.
+      plan: preprocessing Plan.
+      class_names: background first.
+      label_values: file value of each class, or None.
+      num_channels: of an image.
+      steps: post-processing.
+      recipe: `jaxseg.program.Recipe`.
+      variables: stacked weights of all runs, on the devices.
+      segment_fn: from `jaxseg.program.create_segment_fn`.
+      identity: SHA-256 of all that decides what is predicted.
+    """
+
+    config: Any
+    plan: Plan
+    class_names: tuple[str, ...]
+    label_values: tuple[int, ...] | None
+    num_channels: int
+    steps: list
+    recipe: program.Recipe
+    variables: Any
+    segment_fn: Any
+    identity: str
+
+
+def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
+    """Restores what runs left behind.
+
+    Args:
+      workdirs: folders of finished runs; of several, the logits are averaged.
+      mirror: whether to average over mirrored images too, along the axes that training mirrored.
+      outputs: names of `jaxseg.maps.voxel_outputs`.
+    Returns:
+      Predictor. The temperature is the geometric mean of the runs', post-processing that of the
+      first.
+    Raises:
+      PredictorProblem: a folder holds no finished run, runs do not fit together, or an output can
+        not be had.
+    """
+    runs = [_read_run(os.path.abspath(os.path.expanduser(workdir))) for workdir in workdirs]
+    first = runs[0]
+    for run in runs[1:]:
+        _refuse_other_kind(first, run)
+    config = first["config"]
+    class_names = tuple(first["data"]["class_names"])
+    mirror_axes = tuple(config.augment.flip.axes) if mirror else ()
+    if mirror and not (mirror_axes and config.augment.flip.prob > 0):
+        raise PredictorProblem(
+            f"{workdirs[0]} was trained without mirroring: predict without it too"
+        )
+    _check_outputs(outputs, class_names, len(runs) * 2 ** len(mirror_axes))
+    recipe = experiment.create_recipe(
+        config,
+        first["plan"],
+        class_names,
+        experiment.margin_of(config),
+        mirror_axes=mirror_axes,
+        outputs=tuple(outputs),
+        temperature=float(np.exp(np.mean([np.log(r["finished"]["temperature"]) for r in runs]))),
+    )
+    variables = jax.tree.map(lambda *leaves: np.stack(leaves), *(run["variables"] for run in runs))
+    values = first["data"]["label_values"]
+    steps = first["finished"]["postprocess"]["steps"]
+    return Predictor(
+        config=config,
+        plan=first["plan"],
+        class_names=class_names,
+        label_values=None if values is None else tuple(values),
+        num_channels=first["data"]["num_channels"],
+        steps=steps,
+        recipe=recipe,
+        variables=parallel.replicate(variables),
+        segment_fn=program.create_segment_fn(recipe),
+        identity=_identity(recipe, steps, variables),
+    )
+
+
+def check_image(predictor, image, affine):
+    """Compares an image with those that the networks were trained on.
+
+    Args:
+      predictor: Predictor.
+      image, affine: as for `segment`.
+    Returns:
+      List of reasons that the image is unlike the training set.
+    Raises:
+      PredictorProblem: the image has another number of channels.
+    """
+    if image.shape[-1] != predictor.num_channels:
+        raise PredictorProblem(
+            f"the image has {image.shape[-1]} channel(s), the network was trained on "
+            f"{predictor.num_channels}; give the same channels in the same order, as the last axis"
+        )
+    return unlike_training(predictor.plan, image, affine)
+
+
+def unlike_training(plan, image, affine):
+    """Reasons that an image on its own grid is unlike those that the plan was made from."""
+    image, affine = geometry.to_canonical(image, affine)
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    features = familiarity.describe_image(image, spacing_mm, plan.normalisation)
+    return familiarity.unlike_reasons(features, plan.typical)
+
+
+def segment(predictor, image, affine):
+    """Segments one image.
+
+    Args:
+      predictor: Predictor.
+      image: [X, Y, Z, C] float32 as read.
+      affine: [4, 4] of its grid (mm).
+    Returns:
+      Dict of arrays on that grid: "label" [X, Y, Z] uint8 class indices, post-processed, and each
+      other output that was asked for, float32 [X, Y, Z] or [X, Y, Z, K].
+    """
+    outputs = predictor.segment_fn(predictor.variables, image, affine)
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    label = postprocess.apply_steps(outputs["label"], spacing_mm, predictor.steps)
+    return outputs | {"label": label}
+
+
+def _read_run(workdir):
+    try:
+        texts = {name: _read_text(workdir, f"{name}.json") for name in ("config", "plan", "data")}
+        finished = json.loads(_read_text(workdir, FINISHED_NAME))
+        data = json.loads(texts["data"])
+        postprocess.check_steps(finished["postprocess"]["steps"], len(data["class_names"]))
+        return {
+            "workdir": workdir,
+            "texts": texts,
+            "config": config_lib.from_json(texts["config"]),
+            "plan": Plan.from_json(texts["plan"]),
+            "data": data,
+            "finished": finished,
+            "variables": checkpoint.load_variables(
+                os.path.join(workdir, "checkpoints"), finished["step"]
+            ),
+        }
+    except FileNotFoundError as error:
+        raise PredictorProblem(
+            f"{workdir} holds no finished run ({error}); give the --config.workdir of a training "
+            "that has ended, or run its command again to let it finish"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise PredictorProblem(f"{workdir} can not be read: {error}") from error
+
+
+def _read_text(workdir, name):
+    with open(os.path.join(workdir, name), encoding="utf-8") as file:
+        return file.read()
+
+
+def _refuse_other_kind(first, other):
+    differing = [
+        name
+        for name, mine, theirs in (
+            ("model", first["config"].model, other["config"].model),
+            ("patch size", first["config"].data.patch_size, other["config"].data.patch_size),
+            ("preprocessing", _preprocessing(first["plan"]), _preprocessing(other["plan"])),
+            ("classes", first["data"]["class_names"], other["data"]["class_names"]),
+            ("label values", first["data"]["label_values"], other["data"]["label_values"]),
+        )
+        if mine != theirs
+    ]
+    if differing:
+        raise PredictorProblem(
+            f"{other['workdir']} differs from {first['workdir']} in {', '.join(differing)}: only "
+            "runs that differ in seed, fold or training can be averaged"
+        )
+
+
+def _preprocessing(plan):
+    return dataclasses.replace(plan, typical={})
+
+
+def _check_outputs(outputs, class_names, num_members):
+    if num_members == 1 and "mutual_information" in outputs:
+        raise PredictorProblem(
+            "mutual_information says how far members of an ensemble disagree, and there is one; "
+            "predict with mirroring, or with several runs"
+        )
+    for name in outputs:
+        class_name = name.partition(":")[2]
+        if class_name and class_name not in class_names[1:]:
+            raise PredictorProblem(
+                f"there is no class {class_name!r} to explain; choose from {class_names[1:]}"
+            )
+
+
+def _identity(recipe, steps, variables):
+    known = dataclasses.replace(recipe, outputs=(), buffer_bytes=0, batch_size=0)
+    digest = hashlib.sha256(repr((known, steps)).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+import json
+import os
+
+import pytest
+
+from jaxseg.data import predictions
+
+PREDICTOR = {"identity": "abc", "workdirs": ["run"], "class_names": ("background", "liver")}
+
+
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"content")
+
+
+def find(folder, *, output="out", outputs=("label",), recursive=False):
+    return predictions.find_images(str(folder), str(folder.parent / output), outputs, recursive)
+
+
+def test_find_images_names_cases_and_files_of_volumes_and_pictures(tmp_path):
+    root = tmp_path / "in"
+    make_files(root, "b.nii.gz", "A.NII", "v1.2.nii", "c.png", "d.JPEG", "e.tif")
+    make_files(root, ".hidden.nii", "._b.nii.gz", "notes.txt", "sub/f.nii", "g.hdr")
+    cases = find(root, outputs=("label", "probs", "grad_cam:left lung"))
+    assert [case.case_id for case in cases] == ["A", "b", "c", "d", "e", "v1.2"]
+    assert cases[1].path == str(root / "b.nii.gz")
+    out = tmp_path / "out"
+    assert cases[1].files == {
+        "label": str(out / "b.nii.gz"),
+        "probs": str(out / "b_probs.nii.gz"),
+        "grad_cam:left lung": str(out / "b_grad_cam_left_lung.nii.gz"),
+    }
+    assert cases[0].files["label"] == str(out / "A.nii.gz")
+    assert cases[3].files == {
+        "label": str(out / "d.png"),
+        "probs": str(out / "d_probs.tif"),
+        "grad_cam:left lung": str(out / "d_grad_cam_left_lung.tif"),
+    }
+
+
+def test_find_images_in_subfolders_keeps_the_subfolders(tmp_path):
+    root = tmp_path / "in"
+    make_files(root, "p1/ct.nii.gz", "p2/ct.nii.gz", "x.nii", ".git/y.nii")
+    cases = find(root, recursive=True)
+    assert [case.case_id for case in cases] == ["p1/ct", "p2/ct", "x"]
+    assert cases[0].files["label"] == str(tmp_path / "out" / "p1" / "ct.nii.gz")
+
+
+def test_find_images_takes_no_prediction_for_an_image(tmp_path):
+    root = tmp_path / "in"
+    make_files(root, "a.nii.gz", "out/a.nii.gz")
+    assert [case.case_id for case in find(root, output="in/out", recursive=True)] == ["a"]
+    make_files(tmp_path / "all" / "in", "a.nii.gz")
+    inside = predictions.find_images(
+        str(tmp_path / "all" / "in"), str(tmp_path / "all"), ("label",), True
+    )
+    assert [case.case_id for case in inside] == ["a"]
+
+
+def test_find_images_of_one_file(tmp_path):
+    make_files(tmp_path, "a.nii.gz", "b.nii.gz")
+    (case,) = predictions.find_images(str(tmp_path / "a.nii.gz"), "out", ("label",), False)
+    assert (case.case_id, case.path) == ("a", str(tmp_path / "a.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    ("names", "output", "message"),
+    [
+        ((), "out", r"in holds no NIfTI .*--recursive"),
+        (("sub/a.nii", "b.dcm"), "out", r"in holds no NIfTI .*--recursive"),
+        (("a.nii", "a.nii.gz"), "out", r"a\.nii and .*a\.nii\.gz have one case name"),
+        (("a.png", "a.nii"), "out", r"a\.nii and .*a\.png have one case name"),
+        (("a.nii", "a_probs.nii"), "out", r"a_probs\.nii\.gz, an output of .* an output of .*a\."),
+        (("a.nii",), "in", "--input and --output at once"),
+    ],
+)
+def test_find_images_refuses_a_folder(tmp_path, names, output, message):
+    (tmp_path / "in").mkdir()
+    make_files(tmp_path / "in", *names)
+    with pytest.raises(predictions.FolderProblem, match=message):
+        find(tmp_path / "in", output=output, outputs=("label", "probs"))
+
+
+def test_find_images_refuses_to_write_over_an_image(tmp_path):
+    make_files(tmp_path, "a.nii.gz", "b.txt")
+    for path, folder, message in (
+        ("a.nii.gz", ".", "an output of .*, is an image to segment too"),
+        ("b.txt", "out", r"b\.txt is no NIfTI"),
+        ("c.nii", "out", r"c\.nii: no such file"),
+    ):
+        with pytest.raises(predictions.FolderProblem, match=message):
+            predictions.find_images(str(tmp_path / path), str(tmp_path / folder), ("label",), False)
+
+
+def test_records_say_done_only_where_files_and_image_are_as_they_were(tmp_path):
+    image, folder = tmp_path / "in" / "a.nii", tmp_path / "out"
+    make_files(tmp_path / "in", "a.nii")
+    folder.mkdir()
+    cases = find(tmp_path / "in", outputs=("label", "probs"))
+    records = predictions.Records(folder, cases, **PREDICTOR)
+    assert not records.is_done(cases[0])
+    records.add(cases[0], predictions.state_of(str(image)) | {"confidence": float("nan")})
+    assert not records.is_done(cases[0])  # no files
+    make_files(folder, "a.nii.gz", "a_probs.nii.gz")
+    assert records.is_done(cases[0])
+
+    again = predictions.Records(folder, cases, **PREDICTOR)
+    assert again.content == records.content
+    assert again.content["cases"]["a"]["confidence"] is None
+    assert again.is_done(cases[0])
+    (folder / "a_probs.nii.gz").unlink()
+    assert not again.is_done(cases[0])
+    assert again.is_done(find(tmp_path / "in")[0])
+    os.utime(image, ns=(1, 1))
+    assert not again.is_done(find(tmp_path / "in")[0])
+    again.add(cases[0], predictions.state_of(str(image)) | {"error": "disk full"})
+    assert not again.is_done(find(tmp_path / "in")[0])
+    again.add(cases[0], predictions.state_of(str(image)))
+    assert again.is_done(find(tmp_path / "in")[0])
+    case = find(tmp_path / "in")[0]
+    image.unlink()
+    assert not again.is_done(case)
+    assert sorted(os.listdir(folder)) == ["a.nii.gz", "predictions.json"]
+
+
+def test_records_of_another_predictor_are_refused(tmp_path):
+    predictions.Records(tmp_path, [], **PREDICTOR)
+    with pytest.raises(predictions.FolderProblem, match=rf"{os.path.abspath('run')} with other"):
+        predictions.Records(tmp_path, [], **PREDICTOR | {"identity": "abd"})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"identity": 1}', "null"])
+def test_records_that_this_command_did_not_write_are_refused(tmp_path, text):
+    (tmp_path / "predictions.json").write_text(text)
+    with pytest.raises(predictions.FolderProblem, match="was not written by this command"):
+        predictions.Records(tmp_path, [], **PREDICTOR)
+    assert (tmp_path / "predictions.json").read_text() == text
+
+
+def test_files_that_no_record_calls_predictions_are_not_replaced(tmp_path):
+    make_files(tmp_path / "in", "a.nii")
+    make_files(tmp_path / "out", "a.nii.gz")
+    with pytest.raises(predictions.FolderProblem, match=r"1 file.*first .*a\.nii\.gz"):
+        predictions.Records(tmp_path / "out", find(tmp_path / "in"), **PREDICTOR)
+    assert os.listdir(tmp_path / "out") == ["a.nii.gz"]
+
+
+def test_records_begin_before_the_first_case(tmp_path):
+    predictions.Records(tmp_path, [], **PREDICTOR)
+    content = json.loads((tmp_path / "predictions.json").read_text())
+    assert content == {
+        "identity": "abc",
+        "workdirs": [os.path.abspath("run")],
+        "class_names": ["background", "liver"],
+        "cases": {},
+    }

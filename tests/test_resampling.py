@@ -1,0 +1,42 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxseg import geometry, resampling
+from jaxseg.resampling import bucket
+
+
+def boxed(array, fill=0.0):
+    """Puts an array into the larger one that volumes like it share."""
+    box = np.full((*map(bucket, array.shape[:3]), *array.shape[3:]), fill, np.float32)
+    box[tuple(map(slice, array.shape[:3]))] = array
+    return box
+
+
+def cut(array, shape):
+    return np.asarray(array)[tuple(map(slice, shape))]
+
+
+@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((7, 9, 5), (11, 6, 5)),
+        ((20, 31, 17), (9, 40, 33)),
+        ((1, 30, 80), (1, 20, 65)),
+        ((4, 4, 4), (4, 4, 4)),
+        ((2, 1, 90), (5, 3, 7)),
+    ],
+)
+def test_resampling_is_scipys(source, target, order):
+    volume = np.random.default_rng(0).normal(size=(*source, 2)).astype(np.float32)
+    box = tuple(map(bucket, target))
+    resample = jax.jit(functools.partial(resampling.resample, box=box, order=order))
+    result = resample(boxed(volume, fill=1e6), np.int32(source), np.int32(target))
+    expected = geometry.resample_to_shape(volume, target, order)
+    np.testing.assert_allclose(cut(result, target), expected, rtol=0, atol=3e-6)
+    result = np.array(result)
+    result[tuple(map(slice, target))] = 0
+    assert (result == 0).all()
