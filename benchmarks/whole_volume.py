@@ -2,11 +2,11 @@
 
 python benchmarks/whole_volume.py [--size=512,512,600]
 
-Trains a small 3D U-Net for a few steps on a phantom, then runs `python -m jaxseg.predict` on a
-large one in a process of its own, whose peak memory is reported. The time of the network is what is left
-of the compute stage once the same program has been timed without a network, here in this process.
-"export" is all that follows the network: blending, resampling to the file's grid, argmax,
-post-processing, writing.
+Trains a small 3D U-Net on phantoms, then runs `python -m jaxseg.predict` on a large one in a
+process of its own, whose peak memory is reported. The time of the network is what is left of the
+compute stage once the same program has been timed without a network, here in this process. "export"
+is all that follows the network: blending, resampling to the file's grid, argmax, post-processing
+and writing.
 """
 
 import dataclasses

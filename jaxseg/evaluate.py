@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from jaxseg import metrics, statistics, surfaces, writers
+from jaxseg import command, metrics, statistics, surfaces, writers
 from jaxseg.data.volumes import (
     AFFINE_TOLERANCE_MM,
     FileProblem,
@@ -31,6 +31,7 @@ from jaxseg.data.volumes import (
     read_label,
 )
 
+NAME = "jaxseg-evaluate"
 # The scores that are shown together; of the first the interval is shown too.
 TABLES = (
     ("dice", "iou", "precision", "recall"),
@@ -239,6 +240,7 @@ def evaluate_folders(
     class_names=None,
     tolerance_mm=1.0,
     lesions=False,
+    subset=False,
     output=None,
 ):
     """Scores a folder of predictions, and compares it with a second one.
@@ -250,6 +252,7 @@ def evaluate_folders(
         are found in the references. (Masks of 0 and 255 fit predictions of 0 and 1.)
       class_names: of all classes, background first; None for their values.
       tolerance_mm, lesions: as for `score_case`.
+      subset: whether references without a prediction are left out; else they are a problem.
       output: folder for evaluation.json, evaluation.csv and, with `others`, compared.json,
         compared.csv and comparison.json; made if missing. None writes nothing.
     Returns:
@@ -261,7 +264,7 @@ def evaluate_folders(
     """
     folders = [predictions] if others is None else [predictions, others]
     pairs_of, label_values, class_names = check_folders(
-        folders, references, label_values=label_values, class_names=class_names
+        folders, references, label_values=label_values, class_names=class_names, subset=subset
     )
     if output is not None:
         os.makedirs(output, exist_ok=True)
@@ -301,13 +304,13 @@ def evaluate_folders(
     return "\n\n".join(sections)
 
 
-def check_folders(folders, references, *, label_values=None, class_names=None):
+def check_folders(folders, references, *, label_values=None, class_names=None, subset=False):
     """Pairs the files of prediction folders with references, and checks every one of them.
 
     Args:
       folders: folders of predictions.
       references: folder of references.
-      label_values, class_names: as for `evaluate_folders`.
+      label_values, class_names, subset: as for `evaluate_folders`.
     Returns:
       (pairs, label_values, class_names): for each folder its list of Pair in order of case id;
       values and names as they are to be used.
@@ -316,8 +319,13 @@ def check_folders(folders, references, *, label_values=None, class_names=None):
     """
     problems = []
     wanted = _label_files(references, problems)
-    pairs_of = [_pairs(folder, references, wanted, problems) for folder in folders]
+    pairs_of = [_pairs(folder, references, wanted, problems, subset) for folder in folders]
     pairs = [pair for pairs in pairs_of for pair in pairs]
+    if subset:
+        wanted = {pair.case_id: pair.reference for pair in pairs}
+        for folder, pairs_there in zip(folders, pairs_of, strict=True):
+            if missing := sorted(wanted.keys() - {pair.case_id for pair in pairs_there}):
+                problems.append(f"{folder}: no prediction of {_listed(missing)}, to compare with")
     paths = dict.fromkeys([*wanted.values(), *(pair.prediction for pair in pairs)])
     grids, values = {}, {}
     for path in _progress(paths, "checking files"):
@@ -366,14 +374,15 @@ def _label_files(folder, problems):
     return {c: path for c, path in found.items() if not (maps[c] and maps[c][1] in found)}
 
 
-def _pairs(folder, references, wanted, problems):
+def _pairs(folder, references, wanted, problems, subset):
     """The Pairs of a prediction folder; appends to `problems`."""
     there = _label_files(folder, problems)
     if there and wanted:
-        if missing := sorted(wanted.keys() - there.keys()):
+        missing = sorted(wanted.keys() - there.keys())
+        if missing and not subset:
             problems.append(
-                f"{folder}: no prediction of {_listed(missing)}; add them, or put the references "
-                "that are meant into a folder of their own"
+                f"{folder}: no prediction of {_listed(missing)}; add them, or leave these cases "
+                "out with --subset"
             )
         if missing := sorted(there.keys() - wanted.keys()):
             problems.append(f"{references}: no reference of {_listed(missing)}; add them")
@@ -501,58 +510,42 @@ def _write_json(path, content):
 
 def main(argv):
     """Evaluates, and turns every expected failure into one clear message."""
-    options = _parse(argv)
+    required = ("predictions", "references")
+    options = command.parse(NAME, argv, text=__doc__, define=_define_flags, required=required)
+    folders = (options.predictions, options.references, options.compare, options.output)
+    predictions, references, others, output = (f and os.path.expanduser(f) for f in folders)
     try:
         text = evaluate_folders(
-            options.predictions,
-            options.references,
-            others=options.compare,
-            label_values=options.label_values,
+            predictions,
+            references,
+            others=others,
+            label_values=options.label_values and tuple(map(int, options.label_values)),
             class_names=options.class_names,
             tolerance_mm=options.tolerance_mm,
             lesions=options.lesions,
-            output=options.output,
+            subset=options.subset,
+            output=output,
         )
     except (EvaluationProblems, OSError) as error:
-        _exit(str(error))
+        command.leave(NAME, str(error))
+    except ValueError as error:  # of int
+        command.leave(NAME, f"--label_values: {error}")
     except KeyboardInterrupt:
-        _exit("interrupted", status=130)
+        command.leave(NAME, "interrupted", status=130)
     print(text)
 
 
-def _parse(argv):
-    """The command line's flags, apart from those of other commands, some of the same name."""
-    options = flags.FlagValues()
+def _define_flags(options):
     own = {"flag_values": options}
-    flags.DEFINE_string("predictions", None, "folder of predicted label files", **own)
-    flags.DEFINE_string("references", None, "folder of reference label files", **own)
+    flags.DEFINE_string("predictions", "", "folder of predicted label files", **own)
+    flags.DEFINE_string("references", "", "folder of reference label files", **own)
     flags.DEFINE_string("compare", None, "folder of another model's predictions", **own)
     flags.DEFINE_string("output", None, "folder for the scores", **own)
     flags.DEFINE_float("tolerance_mm", 1.0, "of the surface Dice (nsd)", lower_bound=0, **own)
     flags.DEFINE_bool("lesions", False, "score the detection of lesions", **own)
+    flags.DEFINE_bool("subset", False, "leave out references that have no prediction", **own)
     flags.DEFINE_list("class_names", None, "of all classes, background first", **own)
     flags.DEFINE_list("label_values", None, "in the files, in the order of class_names", **own)
-    flags.DEFINE_bool("help", False, "show this text", short_name="h", **own)
-    try:
-        rest = options(argv)[1:]
-        if options.label_values is not None:
-            options.label_values = tuple(map(int, options.label_values))
-    except (flags.Error, ValueError) as error:
-        _exit(str(error))
-    if options.help:
-        print(__doc__, options.get_help(), sep="\n")
-        sys.exit()
-    if rest:
-        _exit(f"unexpected argument {rest[0]!r}: see --help")
-    missing = [f"--{name}" for name in ("predictions", "references") if not options[name].value]
-    if missing:
-        _exit(f"{', '.join(missing)} must be given: see --help")
-    return options
-
-
-def _exit(message, status=2):
-    print(f"jaxseg-evaluate: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def run():

@@ -23,11 +23,12 @@ from flax import traverse_util
 from jax import export as jax_export
 from safetensors.numpy import save_file
 
+from jaxseg import command, geometry, program, writers
 from jaxseg import config as config_lib
-from jaxseg import geometry, program, writers
 from jaxseg.data.volumes import FileProblem, read_image
 from jaxseg.predictor import PredictorProblem, load_predictor
 
+NAME = "jaxseg-export"
 MAGIC = b"jaxseg predictor 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -163,41 +164,21 @@ def export(workdirs, like, folder, *, mirror=False):
 
 def main(argv):
     """Exports, or turns an expected failure into one clear message."""
-    options = _parse(argv)
+    required = ("workdir", "like", "output")
+    options = command.parse(NAME, argv, text=__doc__, define=_define_flags, required=required)
     logging.set_verbosity(logging.ERROR)
     try:
         print(export(options.workdir, options.like, options.output, mirror=options.mirror))
     except (config_lib.ConfigProblems, FileProblem, PredictorProblem, OSError) as error:
-        _exit(str(error))
+        command.leave(NAME, str(error))
 
 
-def _parse(argv):
-    """The command line's flags, apart from those of other commands, some of the same name."""
-    options = flags.FlagValues()
+def _define_flags(options):
     own = {"flag_values": options}
     flags.DEFINE_list("workdir", [], "finished runs; of several, the logits are averaged", **own)
     flags.DEFINE_string("like", "", "image of the largest size to be served", **own)
     flags.DEFINE_string("output", "", "folder to write to", **own)
     flags.DEFINE_bool("mirror", False, "average over mirrored images", **own)
-    flags.DEFINE_bool("help", False, "show this text", short_name="h", **own)
-    try:
-        rest = options(argv)[1:]
-    except flags.Error as error:
-        _exit(str(error))
-    if options.help:
-        print(__doc__, options.get_help(), sep="\n")
-        sys.exit()
-    if rest:
-        _exit(f"unexpected argument {rest[0]!r}: see --help")
-    missing = [f"--{name}" for name in ("workdir", "like", "output") if not options[name].value]
-    if missing:
-        _exit(f"{', '.join(missing)} must be given: see --help")
-    return options
-
-
-def _exit(message):
-    print(f"jaxseg-export: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def run():

@@ -20,10 +20,12 @@ import numpy as np
 from absl import flags, logging
 from tqdm import tqdm
 
+from jaxseg import command
 from jaxseg.data.predictions import FolderProblem, Records, find_images, state_of
 from jaxseg.data.volumes import FileProblem, is_nifti, read_image, write_label, write_map
 from jaxseg.predictor import PredictorProblem, check_image, load_predictor, segment
 
+NAME = "jaxseg-predict"
 LOG_NAME = "predict.log"
 
 
@@ -200,7 +202,8 @@ def _tell(job, log):
 
 def main(argv):
     """Predicts, and turns every expected failure into one clear message."""
-    options = _parse(argv)
+    required = ("workdir", "input", "output")
+    options = command.parse(NAME, argv, text=__doc__, define=_define_flags, required=required)
     logging.set_verbosity(logging.ERROR)
     try:
         num_done, num_before, failed = predict(
@@ -212,18 +215,18 @@ def main(argv):
             recursive=options.recursive,
         )
     except (OSError, FolderProblem, PredictorProblem) as error:
-        _exit(str(error))
+        command.leave(NAME, str(error))
     except KeyboardInterrupt:
-        _exit("interrupted; what is finished is kept, the same command goes on", status=130)
+        command.leave(
+            NAME, "interrupted; what is finished is kept, the same command goes on", status=130
+        )
     before = f", {num_before} done before" if num_before else ""
     print(f"{num_done} predicted{before}, {len(failed)} failed: see {options.output}")
     if failed:
-        _exit("\n- ".join(["these failed:", *sorted(failed)]), status=1)
+        command.leave(NAME, "\n- ".join(["these failed:", *sorted(failed)]), status=1)
 
 
-def _parse(argv):
-    """The command line's flags, apart from those of other commands, some of the same name."""
-    options = flags.FlagValues()
+def _define_flags(options):
     own = {"flag_values": options}
     flags.DEFINE_list("workdir", [], "finished runs; of several, the logits are averaged", **own)
     flags.DEFINE_string("input", "", "an image, or a folder of images", **own)
@@ -238,20 +241,6 @@ def _parse(argv):
         **own,
     )
     flags.DEFINE_list("explain", [], "classes to write grad_cam, integrated_gradients of", **own)
-    flags.DEFINE_bool("help", False, "show this text", short_name="h", **own)
-    try:
-        rest = options(argv)[1:]
-    except flags.Error as error:
-        _exit(str(error))
-    if options.help:
-        print(__doc__, options.get_help(), sep="\n")
-        sys.exit()
-    if rest:
-        _exit(f"unexpected argument {rest[0]!r}: see --help")
-    missing = [f"--{name}" for name in ("workdir", "input", "output") if not options[name].value]
-    if missing:
-        _exit(f"{', '.join(missing)} must be given: see --help")
-    return options
 
 
 def _outputs(options):
@@ -266,11 +255,6 @@ def _outputs(options):
     for class_name in dict.fromkeys(options.explain):
         names += [f"grad_cam:{class_name}", f"integrated_gradients:{class_name}"]
     return names
-
-
-def _exit(message, status=2):
-    print(f"jaxseg-predict: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def run():

@@ -430,6 +430,21 @@ def test_every_problem_is_named_before_anything_is_computed(folders, monkeypatch
     assert len(problems) == 7
 
 
+def test_references_without_a_prediction_are_left_out_where_that_is_asked_for(folders):
+    predictions, references = folders / "predictions", folders / "references"
+    label = voxels(references / "a.nii.gz")
+    write_nifti(references / "e.nii", label, AFFINE)
+    assert "no prediction of e;" in problems_of(folders)[0]
+    pairs_of, _, _ = evaluate.check_folders([predictions], references, subset=True)
+    assert [pair.case_id for pair in pairs_of[0]] == ["a", "b", "c"]
+
+    fewer = folders / "fewer"
+    fewer.mkdir()
+    write_nifti(fewer / "a.nii", label, AFFINE)
+    with pytest.raises(evaluate.EvaluationProblems, match="fewer: no prediction of b, c, to"):
+        evaluate.check_folders([predictions, fewer], references, subset=True)
+
+
 def test_values_are_not_judged_by_some_of_the_references(folders):
     for case in "ab":
         path = folders / "references" / f"{case}.nii.gz"

@@ -39,6 +39,7 @@ LAYERS = {
     "data": 3,
     "checkpoint": 3,
     "weights": 3,
+    "command": 3,
     "writers": 3,
     "plots": 3,
     "report": 3,
