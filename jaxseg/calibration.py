@@ -95,18 +95,19 @@ def fit_temperature(logits, label):
     return float(np.exp(best.x))
 
 
-def calibrate(logits, label, *, set_name):
-    """Fits the temperature and says what it changes on the voxels it was fitted to.
+def calibrate(logits, label, *, set_name, temperature=None):
+    """Says what a temperature changes on a set of voxels.
 
     Args:
       logits, label: As for `calibration_sums`, at least one voxel; errors raised too.
       set_name: Where the voxels come from, for example "val".
+      temperature: What other voxels chose; None fits it to these.
     Returns:
       JSON-ready dict of "set", "num_voxels", "temperature", and "ece", "nll" and "bins" of
       `from_sums`, each as "..._before" and "..._after".
     """
     before = evaluate_calibration(logits, label)
-    temperature = fit_temperature(logits, label)
+    temperature = temperature or fit_temperature(logits, label)
     after = evaluate_calibration(logits, label, temperature)
     result = {"set": set_name, "num_voxels": before["num_voxels"], "temperature": temperature}
     for name in ("ece", "nll", "bins"):

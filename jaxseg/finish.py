@@ -103,6 +103,7 @@ def finish(run, state):
     variables = members_of(state)
 
     val_files, val_sample, val_flags = segment_set(run, variables, "val", [])
+    run.log.text(f"trying post-processing on {len(val_files)} validation cases")
     steps, decisions = postprocess.choose_steps(ValidationCases(val_files), run.data.num_classes)
     calibrated = calibration.calibrate(*val_sample, set_name="val")
     chosen = {
@@ -117,7 +118,8 @@ def finish(run, state):
     if has_test:
         set_name = "test"
         files, sample, flags = segment_set(run, variables, "test", steps)
-        calibrated = _calibration_on(sample, calibrated["temperature"])
+        temperature = calibrated["temperature"]
+        calibrated = calibration.calibrate(*sample, set_name="test", temperature=temperature)
     scores = {case_files.case.case_id: _score(run, case_files) for case_files in files}
     about = {
         "set": set_name,
@@ -183,15 +185,6 @@ def _near_foreground(logits, label):
     logits, label = logits.reshape(-1, logits.shape[-1]), label.reshape(-1)
     chosen = np.random.default_rng(0).permutation(len(label))[:VOXELS_PER_CASE]
     return logits[chosen], label[chosen]
-
-
-def _calibration_on(sample, temperature):
-    """What a temperature that was chosen elsewhere does on a set."""
-    before = calibration.evaluate_calibration(*sample)
-    after = calibration.evaluate_calibration(*sample, temperature)
-    named = {f"{name}_before": before[name] for name in ("ece", "nll", "bins")}
-    named |= {f"{name}_after": after[name] for name in ("ece", "nll", "bins")}
-    return {"set": "test", "num_voxels": before["num_voxels"], "temperature": temperature} | named
 
 
 def _score(run, case_files):

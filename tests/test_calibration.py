@@ -84,6 +84,16 @@ def test_extreme_samples_reach_the_ends_and_stay_finite():
     assert (wrong["nll"], wrong["ece"]) == (2000.0, 1.0)
 
 
+def test_a_temperature_that_other_voxels_chose_is_taken_as_it_is():
+    rng = np.random.default_rng(4)
+    logits, label = 3 * rng.normal(size=(200, 3)), rng.integers(0, 3, 200)
+    result = calibration.calibrate(logits, label, set_name="test", temperature=2.5)
+    assert result["temperature"] == 2.5
+    held_out = calibration.evaluate_calibration(logits, label, 2.5)
+    assert (result["ece_after"], result["nll_after"]) == (held_out["ece"], held_out["nll"])
+    assert result["nll_before"] == calibration.evaluate_calibration(logits, label)["nll"]
+
+
 def test_calibrate_improves_what_it_was_fitted_to_and_held_out_voxels():
     logits, label = sharpened_sample(3.0)
     result = json.loads(json.dumps(calibration.calibrate(logits, label, set_name="val")))

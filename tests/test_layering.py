@@ -147,6 +147,22 @@ def test_orbax_is_imported_in_checkpoint_alone():
     ]
 
 
+def test_nothing_is_pickled():
+    picklers = {
+        "pickle",
+        "cPickle",
+        "_pickle",
+        "cloudpickle",
+        "dill",
+        "joblib",
+        "marshal",
+        "shelve",
+    }
+    named = {path.name: picklers & set(names_in(path.read_text())) for path in FILES}
+    # Whose error torch raises when a file holds more than arrays.
+    assert {name: found for name, found in named.items() if found} == {"weights.py": {"pickle"}}
+
+
 def test_package_files_import_nothing_heavy():
     assert list(imports_of((ROOT / "__init__.py").read_text())) == []
     assert list(imports_of((ROOT / "data" / "__init__.py").read_text())) == []
