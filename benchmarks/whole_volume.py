@@ -225,7 +225,7 @@ def main(_):
             "wall_s": wall_s,
             "export_share": export_s / wall_s,
             "export_share_limit": EXPORT_LIMIT,
-            "postprocessing_s_of_one_step": one_step_s,
+            "postprocessing_s_of_kept_or_one_step": one_step_s,
             "peak_memory_gib": peak_gib,
             "peak_memory_limit_gib": MEMORY_LIMIT_GIB,
         },

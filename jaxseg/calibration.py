@@ -79,7 +79,8 @@ def fit_temperature(logits, label):
 
     Args, Raises: As `calibration_sums`.
     Returns:
-      float in `TEMPERATURE_RANGE`; above 1 the network was too sure of itself.
+      float in `TEMPERATURE_RANGE`, above 1 if the network was too sure of itself; 1 if the best
+      lies at the end of the range: all voxels are right, or all wrong, and tell nothing.
     Reference: Guo et al. 2017, section 4.2.
     """
     margins, of_label = _margins(logits, label)
@@ -92,7 +93,8 @@ def fit_temperature(logits, label):
     best = optimize.minimize_scalar(
         negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
-    return float(np.exp(best.x))
+    at_end = min(best.x - bounds[0], bounds[1] - best.x) < 1e-3
+    return 1.0 if at_end else float(np.exp(best.x))
 
 
 def calibrate(logits, label, *, set_name, temperature=None):

@@ -88,6 +88,8 @@ def load_variables(directory, step=None):
         if step not in manager.all_steps():
             raise FileNotFoundError(f"no checkpoint of step {step} in {directory}")
         saved = manager.item_metadata(step).state
+        if saved is None:
+            raise FileNotFoundError(f"the checkpoint of step {step} in {directory} is damaged")
         tree = {name: saved[name] for name in ("params", "batch_stats")}
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         state = ocp.args.PyTreeRestore(tree, restore_args=as_arrays, partial_restore=True)

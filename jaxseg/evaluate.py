@@ -11,7 +11,6 @@ cannot be evaluated.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -165,7 +164,7 @@ def save_scores(folder, name, scores_of, *, class_names, about):
         "summary": summary,
         "cases": scores_of,
     }
-    _write_json(os.path.join(folder, f"{name}.json"), content)
+    writers.write_json(os.path.join(folder, f"{name}.json"), content)
     rows = [
         {"case": case_id, "class": class_name} | {s: scores[s][index] for s in scores}
         for case_id, scores in scores_of.items()
@@ -300,7 +299,7 @@ def evaluate_folders(
         rows = compare(*found, class_names)
         sections += [f"{predictions} minus {others}", format_comparison(rows)]
         if output is not None:
-            _write_json(os.path.join(output, "comparison.json"), rows)
+            writers.write_json(os.path.join(output, "comparison.json"), rows)
     return "\n\n".join(sections)
 
 
@@ -504,14 +503,14 @@ def _progress(items, title):
     return tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty())
 
 
-def _write_json(path, content):
-    writers.write_text(path, json.dumps(writers.json_ready(content), indent=1))
-
-
 def main(argv):
     """Evaluates, and turns every expected failure into one clear message."""
     required = ("predictions", "references")
     options = command.parse(NAME, argv, text=__doc__, define=_define_flags, required=required)
+    try:
+        label_values = options.label_values and tuple(map(int, options.label_values))
+    except ValueError as error:
+        command.leave(NAME, f"--label_values: {error}")
     folders = (options.predictions, options.references, options.compare, options.output)
     predictions, references, others, output = (f and os.path.expanduser(f) for f in folders)
     try:
@@ -519,7 +518,7 @@ def main(argv):
             predictions,
             references,
             others=others,
-            label_values=options.label_values and tuple(map(int, options.label_values)),
+            label_values=label_values,
             class_names=options.class_names,
             tolerance_mm=options.tolerance_mm,
             lesions=options.lesions,
@@ -528,8 +527,6 @@ def main(argv):
         )
     except (EvaluationProblems, OSError) as error:
         command.leave(NAME, str(error))
-    except ValueError as error:  # of int
-        command.leave(NAME, f"--label_values: {error}")
     except KeyboardInterrupt:
         command.leave(NAME, "interrupted", status=130)
     print(text)

@@ -5,8 +5,8 @@ axes, and returns class indices before post-processing. It needs jax and numpy a
 the loader. `weights.safetensors` holds the weights by name and, as metadata, the run's JSON files.
 
 The file is four parts with a line feed between them: `MAGIC`, the SHA-256 of the rest, a line of
-JSON ("spacing_mm" of the network's grid, "class_names", "label_values"), and the program, which
-`jax.export.deserialize` reads.
+JSON ("spacing_mm" of the network's grid and "largest_grid", the most voxels it may have,
+"class_names", "label_values"), and the program, which `jax.export.deserialize` reads.
 """
 
 import functools
@@ -24,7 +24,6 @@ from jax import export as jax_export
 from safetensors.numpy import save_file
 
 from jaxseg import command, geometry, program, writers
-from jaxseg import config as config_lib
 from jaxseg.data.volumes import FileProblem, read_image
 from jaxseg.predictor import PredictorProblem, load_predictor
 
@@ -60,6 +59,7 @@ def export_predictor(predictor, box, grid_box):
     exported = jax_export.export(jax.jit(segment), platforms=PLATFORMS)(*arguments)
     about = {
         "spacing_mm": predictor.recipe.spacing_mm,
+        "largest_grid": grid_box,
         "class_names": predictor.class_names,
         "label_values": predictor.label_values,
     }
@@ -168,9 +168,13 @@ def main(argv):
     options = command.parse(NAME, argv, text=__doc__, define=_define_flags, required=required)
     logging.set_verbosity(logging.ERROR)
     try:
-        print(export(options.workdir, options.like, options.output, mirror=options.mirror))
-    except (config_lib.ConfigProblems, FileProblem, PredictorProblem, OSError) as error:
+        like, folder = (os.path.expanduser(path) for path in (options.like, options.output))
+        workdirs = [os.path.expanduser(workdir) for workdir in options.workdir]
+        print(export(workdirs, like, folder, mirror=options.mirror))
+    except (FileProblem, PredictorProblem, OSError) as error:
         command.leave(NAME, str(error))
+    except KeyboardInterrupt:
+        command.leave(NAME, "interrupted", status=130)
 
 
 def _define_flags(options):

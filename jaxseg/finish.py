@@ -28,8 +28,8 @@ from jaxseg.data.volumes import is_nifti, read_image, read_label, write_label
 
 CASES_ON_SHEET = 6
 TOLERANCE_MM = 1.0  # of the surface Dice
-# Enough voxels of a case to measure its calibration.
-VOXELS_PER_CASE = 50_000
+# Enough voxels of a set to measure its calibration.
+CALIBRATION_VOXELS = 1_000_000
 VERSIONS_OF = ("jaxseg", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "nibabel")
 
 
@@ -112,7 +112,7 @@ def finish(run, state):
         "postprocess": {"steps": steps, "decisions": decisions},
         "calibration": calibrated,
     }
-    _write_json(run, predictor_lib.FINISHED_NAME, chosen)
+    writers.write_json(os.path.join(run.workdir, predictor_lib.FINISHED_NAME), chosen)
 
     set_name, files, flags = "val", val_files, val_flags
     if has_test:
@@ -148,14 +148,15 @@ def segment_set(run, variables, set_name, steps):
       steps: post-processing.
     Returns:
       (files, sample, flags): list of CaseFiles; logits [N, K] and label [N] of voxels around the
-      reference foreground, before post-processing; and for each case that is unlike the training
+      foreground, before post-processing; and for each case that is unlike the training
       set the reasons.
     """
     folder = os.path.join(run.workdir, set_name)
     os.makedirs(folder, exist_ok=True)
     label_values = run.data.dataset.label_values
     files, samples, flags = [], [], {}
-    for case in run.log.progress(run.data.cases_of(set_name), title=f"segmenting {set_name} cases"):
+    cases = run.data.cases_of(set_name)
+    for case in run.log.progress(cases, title=f"segmenting {set_name} cases"):
         image, affine = read_image(case.image_path)
         reference, _ = read_label(case.label_path, label_values)
         outputs = run.segment_fn(variables, image, affine)
@@ -166,8 +167,9 @@ def segment_set(run, variables, set_name, steps):
         )
         write_label(path, label, affine, label_values, like=case.image_path)
         files.append(CaseFiles(case, path, label_values))
+        sampled = program.sampled(reference, affine, run.recipe)
         samples.append(
-            _near_foreground(outputs["sample"], program.sampled(reference, affine, run.recipe))
+            _near_foreground(outputs["sample"], sampled, CALIBRATION_VOXELS // len(cases))
         )
         reasons = predictor_lib.unlike_training(run.data.plan, image, affine)
         if reasons:
@@ -176,14 +178,17 @@ def segment_set(run, variables, set_name, steps):
     return files, (logits, labels), flags
 
 
-def _near_foreground(logits, label):
-    """Voxels in the box of the foreground: the air around it would make any network look sure."""
-    places = np.nonzero(label)
+def _near_foreground(logits, label, most):
+    """At most `most` voxels in the box of what is or was taken for foreground.
+
+    The air around it would make any network look sure.
+    """
+    places = np.nonzero((label > 0) | (logits.argmax(-1) > 0))
     if places[0].size:
         box = tuple(slice(axis.min(), axis.max() + 1) for axis in places)
         logits, label = logits[box], label[box]
     logits, label = logits.reshape(-1, logits.shape[-1]), label.reshape(-1)
-    chosen = np.random.default_rng(0).permutation(len(label))[:VOXELS_PER_CASE]
+    chosen = np.random.default_rng(0).permutation(len(label))[:most]
     return logits[chosen], label[chosen]
 
 
@@ -205,7 +210,8 @@ def _draw(run, set_name, files, scores):
 
 def _panel(case_files, dice):
     image, label, prediction, spacing_mm = case_files.read_canonical()
-    image = image if image.shape[-1] == 3 else image[..., 0]
+    is_colour = spacing_mm is None and image.shape[-1] == 3
+    image = image if is_colour else image[..., 0]
     aspect = 1.0
     if spacing_mm is not None:
         aspect = spacing_mm[1] / spacing_mm[0]
@@ -247,8 +253,3 @@ def versions():
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
     }
-
-
-def _write_json(run, name, content):
-    text = json.dumps(writers.json_ready(content), indent=1)
-    writers.write_text(os.path.join(run.workdir, name), text)

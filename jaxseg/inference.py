@@ -166,13 +166,13 @@ def predict_volume(
         return _predict_strip(work, slices, rows, strip_width, outputs)
 
     maps = jax.ShapeDtypeStruct((strip_width, source_box[2], num_maps), jnp.float32)
-    # Strips write their whole width, each over what the last one left beyond its rows.
+    # Strips write their whole width, each over what the last one left beyond its rows; that never
+    # reaches over the end, since floor(box (n - 1) / n) + ceil(box / n) is the box.
     outputs = {
-        name: jnp.zeros((part_depth, source_box[1] + strip_width, *value.shape[1:]), value.dtype)
+        name: jnp.zeros((part_depth, source_box[1], *value.shape[1:]), value.dtype)
         for name, value in jax.eval_shape(emit_fn, maps).items()
     }
-    outputs = lax.fori_loop(0, num_strips, add_strip, outputs)
-    return {name: value[:, : source_box[1]] for name, value in outputs.items()}
+    return lax.fori_loop(0, num_strips, add_strip, outputs)
 
 
 def _share(size, index, number):

@@ -1,8 +1,9 @@
 """Segments images: `python -m jaxseg.predict --workdir=RUN --input=FILE|DIR --output=DIR`.
 
 OUTPUT gets CASE.nii.gz for each volume, on its grid and in its place in the world, and CASE.png for
-each picture, with the label values of the training set. A further output NAME is CASE_NAME.nii.gz
-or, of a picture, CASE_NAME.tif: float32, a fourth axis or a page per class where it has classes.
+each picture, with the label values of the training set, or class numbers if it names none. A
+further output NAME is CASE_NAME.nii.gz or, of a picture, CASE_NAME.tif: float32, a fourth axis or a
+page per class where it has classes. Such maps are the network's, before post-processing.
 
 predictions.json there says what was made of which file, predict.log when. The same command again
 does what is missing, what failed and what has changed since. Exits with 1 if a case failed, with 2
@@ -92,6 +93,8 @@ def predict(workdirs, input_path, folder, *, outputs=("label",), mirror=False, r
     ):
 
         def finish(job):
+            # Whose the files are must be known before they are there.
+            records.add(job.case, {"error": "interrupted while it was written"} | job.record)
             _write(job, predictor.label_values)
             records.add(job.case, job.record)
             _tell(job, log)

@@ -72,16 +72,19 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
     config = first["config"]
     class_names = tuple(first["data"]["class_names"])
     mirror_axes = tuple(config.augment.flip.axes) if mirror else ()
-    if mirror and not (mirror_axes and config.augment.flip.prob > 0):
-        raise PredictorProblem(
-            f"{workdirs[0]} was trained without mirroring: predict without it too"
-        )
+    for run in runs if mirror else ():
+        flip = run["config"].augment.flip
+        if tuple(flip.axes) != mirror_axes or not (mirror_axes and flip.prob > 0):
+            raise PredictorProblem(
+                f"{run['workdir']} was trained without mirroring, or along other axes: predict "
+                "without it too"
+            )
     _check_outputs(outputs, class_names, len(runs) * 2 ** len(mirror_axes))
     recipe = experiment.create_recipe(
         config,
         first["plan"],
         class_names,
-        experiment.margin_of(config),
+        first["margin"],
         mirror_axes=mirror_axes,
         outputs=tuple(outputs),
         temperature=float(np.exp(np.mean([np.log(r["finished"]["temperature"]) for r in runs]))),
@@ -153,10 +156,13 @@ def _read_run(workdir):
         finished = json.loads(_read_text(workdir, FINISHED_NAME))
         data = json.loads(texts["data"])
         postprocess.check_steps(finished["postprocess"]["steps"], len(data["class_names"]))
+        if not finished["temperature"] > 0:
+            raise ValueError(f"its temperature is {finished['temperature']}")
+        config = config_lib.from_json(texts["config"])
         return {
             "workdir": workdir,
-            "texts": texts,
-            "config": config_lib.from_json(texts["config"]),
+            "config": config,
+            "margin": experiment.margin_of(config),
             "plan": Plan.from_json(texts["plan"]),
             "data": data,
             "finished": finished,
@@ -169,8 +175,8 @@ def _read_run(workdir):
             f"{workdir} holds no finished run ({error}); give the --config.workdir of a training "
             "that has ended, or run its command again to let it finish"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise PredictorProblem(f"{workdir} can not be read: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:  # ConfigProblems are ValueErrors
+        raise PredictorProblem(f"{workdir} can not be read: {error!r}") from error
 
 
 def _read_text(workdir, name):
@@ -193,7 +199,8 @@ def _refuse_other_kind(first, other):
     if differing:
         raise PredictorProblem(
             f"{other['workdir']} differs from {first['workdir']} in {', '.join(differing)}: only "
-            "runs that differ in seed, fold or training can be averaged"
+            "runs of one network and one preprocessing can be averaged (of CT, each fold has the "
+            "intensities of its own training cases)"
         )
 
 

@@ -121,7 +121,8 @@ def create_segment_fn(recipe):
     Returns:
       Function (variables, image, affine) -> dict. image is [X, Y, Z, C] float32 on any grid and
       affine its [4, 4] (mm); the dict holds each of `recipe.outputs` on that grid, but for "sample"
-      (see `sampled`). It compiles once for all volumes of about the same shape and spacing.
+      (see `sampled`). It compiles once for all volumes of about the same shape and spacing, and
+      raises ValueError for an axis of more than some 32,000 voxels.
     """
     num_parts = jax.local_device_count()
 
@@ -137,6 +138,8 @@ def create_segment_fn(recipe):
         grid = geometry.resampled_shape(
             size, geometry.spacing_mm_from_affine(canonical_affine), recipe.spacing_mm
         )
+        if max(2 * n * m for n, m in zip(size, grid, strict=True)) >= 2**31:
+            raise ValueError(f"a volume of {size} voxels has too long an axis: cut it into tiles")
         volume = np.zeros((*box_of(size), canonical.shape[-1]), np.float32)
         volume[tuple(map(slice, size))] = canonical
         parts = mapped(box_of(grid))(

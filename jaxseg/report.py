@@ -49,7 +49,8 @@ ABOUT_SET = {
     "test": "Held-out test subjects: nothing was trained on them or chosen by them.",
     "val": (
         "Held-out validation subjects: none of them was trained on, but choices of the training "
-        "were made by them, so a new hospital should expect less."
+        "were made by them, so a new hospital should expect less. Scores and masks are those "
+        "before post-processing, which these cases chose."
     ),
     "evaluation": (
         "Predictions from files compared with references; the files do not tell whether these "
@@ -59,7 +60,7 @@ ABOUT_SET = {
 COUNTED = (
     "A class that is absent from reference and prediction does not count; then n says how many "
     "cases do. Where only one of them is empty, distances are infinite: such cases are counted as "
-    "missed."
+    "without distance."
 )
 
 # A plane of a volume shows this many slices, this many pixels along the longer side; a picture is
@@ -208,7 +209,7 @@ def _cell(scores, name, index, digits):
     )
     num, num_infinite = summary["num"][index], summary["num_infinite"][index]
     notes = [f"n = {num}"] if num < len(scores["cases"]) else []
-    notes += [f"{num_infinite} missed"] if num_infinite else []
+    notes += [f"{num_infinite} without distance"] if num_infinite else []
     return {"mean": f"{mean} ± {sd}", "interval": f"{low} to {high}", "num": ", ".join(notes)}
 
 

@@ -130,6 +130,11 @@ def write_text(path, text):
         file.write(text)
 
 
+def write_json(path, content):
+    """Writes `json_ready` content, whole or not at all."""
+    write_text(path, json.dumps(json_ready(content), indent=1))
+
+
 def read_metrics(workdir):
     """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut."""
     with open(os.path.join(workdir, METRICS_NAME), encoding="utf-8") as file:

@@ -51,7 +51,7 @@ def test_readmes_loader_needs_jax_and_numpy_alone_and_gives_the_same_bits(
     spacing_mm = geometry.spacing_mm_from_affine(canonical_affine).tolist()
 
     (loader,) = re.findall(r"<!-- ci: loader -->\n```python\n(.*?)```", README.read_text(), re.S)
-    assert len([line for line in loader.splitlines() if line]) <= 14
+    assert len([line for line in loader.splitlines() if line]) <= 16
     script = (
         "import sys\n"
         "for name in ('jaxseg', 'flax', 'tensorflow', 'nibabel', 'scipy.ndimage'):\n"
@@ -66,6 +66,13 @@ def test_readmes_loader_needs_jax_and_numpy_alone_and_gives_the_same_bits(
     expected = unmended(run, image, affine)
     assert label.dtype == np.uint8 and len(np.unique(label)) == 3
     np.testing.assert_array_equal(label, expected)
+
+    script = script.replace("np.load('volume.npy')", "np.zeros((60, 18, 8, 1))")
+    script = script.replace(str(spacing_mm), "[3.0, 1.0, 2.0]")
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert "AssertionError: larger than it was exported for" in done.stderr
 
 
 def test_any_number_of_volumes_of_different_sizes(exported, finished_run):

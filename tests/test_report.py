@@ -114,10 +114,10 @@ def test_what_does_not_count_is_said(tmp_path):
     for case, values in zip(scores["cases"].values(), ([None, 1.5, None], [None] * 3), strict=True):
         case["hd95"] = values
     page, markdown = write(tmp_path, scores=scores)
-    assert "| liver | 1.50 ± – (1.50 to 1.50; n = 1, 1 missed) |" in markdown
+    assert "| liver | 1.50 ± – (1.50 to 1.50; n = 1, 1 without distance) |" in markdown
     assert "| tumour | – ± – (– to –; n = 0) |" in markdown
     assert "| b | – | – | – |  |" in markdown
-    assert {"n = 1, 1 missed", "n = 0"} <= set(Page(page).texts)
+    assert {"n = 1, 1 without distance", "n = 0"} <= set(Page(page).texts)
     assert "Mean Dice **0.800**" in markdown
 
 

@@ -92,8 +92,9 @@ class Records:
         """
         self._path = os.path.join(folder, RECORDS_NAME)
         self.content = _load_records(self._path)
+        known = self.content["cases"] if self.content else {}
+        _refuse_strange_files([case for case in cases if case.case_id not in known])
         if self.content is None:
-            _refuse_strange_files(folder, cases)
             self.content = {
                 "identity": identity,
                 "workdirs": [os.path.abspath(workdir) for workdir in workdirs],
@@ -176,12 +177,12 @@ def _refuse_clashes(cases):
         raise FolderProblem("\n- ".join(["rename images or give another --output:", *problems]))
 
 
-def _refuse_strange_files(folder, cases):
+def _refuse_strange_files(cases):
     strange = [path for case in cases for path in case.files.values() if os.path.exists(path)]
     if strange:
         raise FolderProblem(
-            f"{len(strange)} file(s) would be replaced, first {strange[0]}, and {folder} has no "
-            f"{RECORDS_NAME} that calls them predictions; give another --output"
+            f"{len(strange)} file(s) would be replaced, first {strange[0]}, and no {RECORDS_NAME} "
+            "calls them predictions; give another --output"
         )
 
 

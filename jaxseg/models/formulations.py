@@ -15,8 +15,8 @@ from jax import lax
 def convolve(x, kernel, strides, padding):
     """Correlation, as `lax` and torch call it convolution.
 
-    A 1-wide kernel is a matrix product. In 3D XLA's own convolution is slow on CPU: there it is
-    computed slice by slice.
+    A 1-wide kernel is a matrix product. On CPU the gradient is spelt out and, in 3D, where XLA's
+    own convolution is slow, all is computed slice by slice.
 
     Args:
       x: [B, *S, C].
@@ -32,17 +32,66 @@ def convolve(x, kernel, strides, padding):
         step = (slice(None), *(slice(None, None, s) for s in strides))
         return x[step] @ kernel.reshape(kernel.shape[-2:])
     native = functools.partial(convolve_native, strides=strides, padding=padding)
-    if rank < 3:
-        return native(x, kernel)
-    by_slices = functools.partial(convolve_by_slices, strides=strides, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=by_slices, default=native)
+    on_cpu = convolve_spelt_out if rank < 3 else convolve_by_slices
+    on_cpu = functools.partial(on_cpu, strides=strides, padding=padding)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=native)
 
 
 def convolve_native(x, kernel, strides, padding):
     """`convolve` by XLA's own convolution."""
-    spatial = "DHW"[3 - (x.ndim - 2) :]
-    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    layout = _layout_of(x.ndim - 2)
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+def _layout_of(rank):
+    spatial = "DHW"[3 - rank :]
+    return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve_spelt_out(x, kernel, strides, padding):
+    """`convolve` whose gradients are plain convolutions of arrays that are turned beforehand.
+
+    They are the same to the bit. But left to itself XLA turns arrays within the convolution, which
+    its fast CPU kernels can not; outside of loops it mends that, in the body of one it does not,
+    and there the gradients take 20 to 50 times as long.
+    """
+    return convolve_native(x, kernel, strides, padding)
+
+
+def _convolve_spelt_out_forward(x, kernel, strides, padding):
+    return convolve_native(x, kernel, strides, padding), (x, kernel)
+
+
+def _convolve_spelt_out_backward(strides, padding, kept, dy):
+    x, kernel = kept
+    rank = x.ndim - 2
+    axes = tuple(range(1, rank + 1))
+    taps = kernel.shape[:rank]
+    # Voxels at the end of an axis that no stride reaches.
+    spare = [
+        n + sum(pad) - k - s * (m - 1)
+        for n, pad, k, s, m in zip(x.shape[1:], padding, taps, strides, dy.shape[1:], strict=False)
+    ]
+    layout = _layout_of(rank)
+    mirrored = lax.optimization_barrier(jnp.flip(kernel, range(rank)).swapaxes(-2, -1))
+    around = [
+        (k - 1 - front, k - 1 - behind + more)
+        for k, (front, behind), more in zip(taps, padding, spare, strict=True)
+    ]
+    dx = lax.conv_general_dilated(
+        dy, mirrored, (1,) * rank, around, lhs_dilation=strides, dimension_numbers=layout
+    )
+    turned = lax.optimization_barrier(x.transpose(rank + 1, *axes, 0))
+    window = lax.optimization_barrier(dy.transpose(*axes, 0, rank + 1))
+    around = [(front, behind - more) for (front, behind), more in zip(padding, spare, strict=True)]
+    dkernel = lax.conv_general_dilated(
+        turned, window, (1,) * rank, around, rhs_dilation=strides, dimension_numbers=layout
+    )
+    return dx, lax.optimization_barrier(dkernel).transpose(*axes, 0, rank + 1)
+
+
+convolve_spelt_out.defvjp(_convolve_spelt_out_forward, _convolve_spelt_out_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -123,7 +172,7 @@ def _taps_as_channels(x, kernel, strides, padding):
 
 def _convolve_slices(x, kernel, strides, padding):
     """2D convolution of every slice across the first axis of x [B, X, Y, Z, C]."""
-    y = convolve_native(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], padding[1:])
+    y = convolve_spelt_out(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], padding[1:])
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 

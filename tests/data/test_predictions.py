@@ -145,6 +145,14 @@ def test_files_that_no_record_calls_predictions_are_not_replaced(tmp_path):
         predictions.Records(tmp_path / "out", find(tmp_path / "in"), **PREDICTOR)
     assert os.listdir(tmp_path / "out") == ["a.nii.gz"]
 
+    make_files(tmp_path / "in", "b.nii")
+    cases = find(tmp_path / "in")
+    records = predictions.Records(tmp_path / "out", cases[1:], **PREDICTOR)
+    with pytest.raises(predictions.FolderProblem, match=r"1 file.*first .*a\.nii\.gz"):
+        predictions.Records(tmp_path / "out", cases, **PREDICTOR)
+    records.add(cases[0], {"error": "interrupted while it was written"})
+    assert not predictions.Records(tmp_path / "out", cases, **PREDICTOR).is_done(cases[0])
+
 
 def test_records_begin_before_the_first_case(tmp_path):
     predictions.Records(tmp_path, [], **PREDICTOR)
