@@ -61,6 +61,7 @@ def stop_after(monkeypatch, number, batches):
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(config, monkeypatch, number):
     interrupted = config.copy_and_resolve_references()
     interrupted.workdir += "_interrupted"
+    handler = signal.getsignal(signal.SIGINT)
     assert train.train(config) is None
 
     with monkeypatch.context() as patch:
@@ -75,7 +76,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(config, monkeyp
     assert train.train(interrupted) is None
     for expected, actual in zip(saved_state(config), saved_state(interrupted), strict=True):
         np.testing.assert_array_equal(actual, expected)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     steps = [row["step"] for row in writers.read_metrics(interrupted.workdir) if "loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == NUM_STEPS
 
