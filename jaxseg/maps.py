@@ -4,11 +4,8 @@ A member is one set of weights that sees the patch mirrored in one way. Maps are
 be blended and interpolated: mean logits first, then what further outputs need.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxseg import explain
@@ -36,25 +33,27 @@ def patch_maps(model, variables, images, *, mirror_axes, outputs, temperature, c
       [B, *P', K + ...] float32: the mean logits; with outputs of `SPREAD` these two; for each
       explanation its map.
     """
-    flips = np.array(list(itertools.product((False, True), repeat=len(mirror_axes))))
+    num_flips = 2 ** len(mirror_axes)
     num_sets = len(jax.tree.leaves(variables)[0])
     with_spread = any(name in SPREAD for name in outputs)
 
     def mirror(x, flip):
-        for axis, chosen in zip(mirror_axes, flip, strict=True):
-            x = jnp.where(chosen, jnp.flip(x, axis + 1), x)
+        # Bits and not a table, which would be empty without axes: XLA crashes on an empty constant
+        # in a loop that several devices share (jax 0.11 on CPU).
+        for bit, axis in enumerate(reversed(mirror_axes)):
+            x = jnp.where((flip >> bit) & 1, jnp.flip(x, axis + 1), x)
         return x
 
     def member(index):
-        weights = jax.tree.map(lambda x: x[index // len(flips)], variables)
-        flip = jnp.asarray(flips)[index % len(flips)]
+        weights = jax.tree.map(lambda x: x[index // num_flips], variables)
+        flip = index % num_flips
         logits = mirror(model.apply(weights, mirror(images, flip)), flip).astype(jnp.float32)
         if not with_spread:
             return logits
         probs = jax.nn.softmax(logits / temperature)
         return jnp.concatenate([logits, probs, entropy(probs)[..., None]], axis=-1)
 
-    maps = _mean_over(member, num_sets * len(flips))
+    maps = _mean_over(member, num_sets * num_flips)
     if with_spread:
         # Here and not in `voxel_outputs`: that neighbours differ is no disagreement of members.
         logits, probs, of_members = jnp.split(maps, [model.num_classes, 2 * model.num_classes], -1)
