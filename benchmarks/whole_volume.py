@@ -154,15 +154,13 @@ def time_without_network(restored, image, affine):
     size = image.shape[:3]
     spacing_mm = geometry.spacing_mm_from_affine(affine)
     grid = geometry.resampled_shape(size, spacing_mm, recipe.spacing_mm)
-    volume = np.zeros((*program.box_of(size), 1), np.float32)
-    volume[tuple(map(slice, size))] = image
-    arguments = volume, np.int32(size), np.int32(grid)
+    arguments = resampling.boxed(image), np.int32(size), np.int32(grid)
 
     def prepare(volume, size, grid):
         prepared = resampling.resample(volume, size, grid, grid_box, recipe.image_order)
         return normalisation.normalise(prepared, grid, recipe.statistics)
 
-    grid_box = program.box_of(grid)
+    grid_box = resampling.box_of(grid)
 
     def whole(recipe, variables, *arguments):
         return program.segment_volume(

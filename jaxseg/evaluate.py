@@ -104,23 +104,6 @@ def score_case(prediction, label, affine, num_classes, *, tolerance_mm=1.0, lesi
     return scores
 
 
-def mean_dice(scores_by_case):
-    """Mean over cases of each case's mean foreground Dice; NaN if no case has one."""
-    by_case = np.array([metrics.mean_foreground(scores["dice"]) for scores in scores_by_case])
-    counted = by_case[~np.isnan(by_case)]
-    return float(counted.mean()) if counted.size else float("nan")
-
-
-def worst_first(scores_of):
-    """Sorts cases by mean foreground Dice, from the lowest; those without one come last."""
-
-    def rank(item):
-        dice = metrics.mean_foreground(item[1]["dice"])
-        return np.isnan(dice), dice, item[0]
-
-    return dict(sorted(scores_of.items(), key=rank))
-
-
 def summarise(scores_of):
     """Mean, spread and 95 % interval of each score over cases, class by class.
 
@@ -150,11 +133,11 @@ def save_scores(folder, name, scores_of, *, class_names, about):
       class_names: of all classes, background first.
       about: JSON-ready dict that says what was evaluated on what.
     Returns:
-      (table, mean): the summary as a table for the terminal, and `mean_dice`.
+      (table, mean): the summary as a table for the terminal, and `metrics.mean_dice`.
     """
-    scores_of = worst_first(scores_of)
+    scores_of = metrics.worst_first(scores_of)
     summary = summarise(scores_of)
-    mean = mean_dice(scores_of.values())
+    mean = metrics.mean_dice(scores_of.values())
     content = {
         "about": about,
         "rule": "null: the class does not count, being absent from reference and prediction; or, "
@@ -460,8 +443,8 @@ def _value_problems(values, label_values):
 
 def _describe(scores_of, class_names):
     lines = [format_table(summarise(scores_of), class_names), ""]
-    lines.append(f"mean Dice {mean_dice(scores_of.values()):.4f}; the worst cases:")
-    for case_id, scores in list(worst_first(scores_of).items())[:NUM_WORST]:
+    lines.append(f"mean Dice {metrics.mean_dice(scores_of.values()):.4f}; the worst cases:")
+    for case_id, scores in list(metrics.worst_first(scores_of).items())[:NUM_WORST]:
         dice = metrics.mean_foreground(scores["dice"])
         lines.append(f"  {case_id}  {dice:.4f}")
     return "\n".join(lines)

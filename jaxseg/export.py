@@ -23,7 +23,7 @@ from flax import traverse_util
 from jax import export as jax_export
 from safetensors.numpy import save_file
 
-from jaxseg import command, geometry, program, writers
+from jaxseg import command, geometry, program, resampling, writers
 from jaxseg.data.volumes import FileProblem, read_image
 from jaxseg.predictor import PredictorProblem, load_predictor
 
@@ -147,8 +147,8 @@ def export(workdirs, like, folder, *, mirror=False):
     image, affine = geometry.to_canonical(*read_image(like))
     spacing_mm = geometry.spacing_mm_from_affine(affine)
     grid = geometry.resampled_shape(image.shape[:3], spacing_mm, predictor.recipe.spacing_mm)
-    box = program.box_of(image.shape[:3])
-    content = export_predictor(predictor, box, program.box_of(grid))
+    box = resampling.box_of(image.shape[:3])
+    content = export_predictor(predictor, box, resampling.box_of(grid))
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "predictor.jaxseg")
     weights_path = os.path.join(folder, "weights.safetensors")

@@ -1,7 +1,6 @@
 """What follows training: mend, calibrate, score on whole cases, and report."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -244,7 +243,6 @@ def _report(run, set_name, files, flags, calibrated, decisions):
     report.write_report(run.workdir, content)
 
 
-@functools.cache
 def versions():
     """Versions of what computed a result: packages, Python, and the device."""
     found = {name: importlib.metadata.version(name) for name in VERSIONS_OF}

@@ -161,8 +161,8 @@ def predict_volume(
     )
 
     def add_strip(strip, outputs):
-        rows = _share(source_size[1], strip, num_strips)
-        slices = _share(source_size[0], index, number)
+        rows = share(source_size[1], strip, num_strips)
+        slices = share(source_size[0], index, number)
         return _predict_strip(work, slices, rows, strip_width, outputs)
 
     maps = jax.ShapeDtypeStruct((strip_width, source_box[2], num_maps), jnp.float32)
@@ -175,7 +175,7 @@ def predict_volume(
     return lax.fori_loop(0, num_strips, add_strip, outputs)
 
 
-def _share(size, index, number):
+def share(size, index, number):
     """First and one past the last of the voxels that part `index` of `number` has."""
     return size * index // number, size * (index + 1) // number
 

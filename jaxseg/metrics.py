@@ -155,6 +155,23 @@ def mean_foreground(scores):
     return float(mean)
 
 
+def mean_dice(scores_by_case):
+    """Mean over cases of each case's mean foreground Dice; NaN if no case has one."""
+    by_case = np.array([mean_foreground(scores["dice"]) for scores in scores_by_case])
+    counted = by_case[~np.isnan(by_case)]
+    return float(counted.mean()) if counted.size else float("nan")
+
+
+def worst_first(scores_of):
+    """Sorts cases by mean foreground Dice, from the lowest; those without one come last."""
+
+    def rank(item):
+        dice = mean_foreground(item[1]["dice"])
+        return np.isnan(dice), dice, item[0]
+
+    return dict(sorted(scores_of.items(), key=rank))
+
+
 def summarise(scores_by_case):
     """Mean and spread of each score over cases, class by class, of the finite scores.
 

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
+from jaxseg.resampling import voxels_inside
+
 
 def normalise(image, size, statistics):
     """Brings intensities to the network's scale, as `data.preprocess` does.
@@ -15,19 +17,13 @@ def normalise(image, size, statistics):
     Returns:
       [*S, C] float32; 0 beyond `size`.
     """
-    inside = _inside(image.shape[:3], size)
+    inside = voxels_inside(image.shape[:3], size)
     channels = []
     for channel, known in zip(jnp.moveaxis(image, -1, 0), statistics, strict=True):
         low, high, mean, std = known or _robust_statistics(channel, inside)
         scaled = (jnp.clip(channel, low, high) - mean) / std
         channels.append(jnp.where(inside, scaled, 0))
     return jnp.stack(channels, axis=-1)
-
-
-def _inside(shape, size):
-    axes = (jnp.arange(n) < size[a] for a, n in enumerate(shape))
-    first, second, third = axes
-    return first[:, None, None] & second[:, None] & third
 
 
 def _robust_statistics(channel, inside):

@@ -27,7 +27,6 @@ class Predictor:
     """All that prediction needs.
 
     Attributes:
-      config: ConfigDict of the first run.
       plan: preprocessing Plan.
       class_names: background first.
       label_values: file value of each class, or None.
@@ -39,7 +38,6 @@ class Predictor:
       identity: SHA-256 of all that decides what is predicted.
     """
 
-    config: Any
     plan: Plan
     class_names: tuple[str, ...]
     label_values: tuple[int, ...] | None
@@ -93,7 +91,6 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
     values = first["data"]["label_values"]
     steps = first["finished"]["postprocess"]["steps"]
     return Predictor(
-        config=config,
         plan=first["plan"],
         class_names=class_names,
         label_values=None if values is None else tuple(values),

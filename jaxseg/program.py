@@ -108,11 +108,6 @@ def _patch_maps(recipe, variables, patches):
     return made.reshape(*patches.shape[:2], *made.shape[1:]) if slices else made
 
 
-def box_of(shape):
-    """The array shape that volumes of about this shape share."""
-    return tuple(map(resampling.bucket, shape))
-
-
 def create_segment_fn(recipe):
     """Prepares prediction on all devices of this process; each does a part of every volume.
 
@@ -140,10 +135,12 @@ def create_segment_fn(recipe):
         )
         if max(2 * n * m for n, m in zip(size, grid, strict=True)) >= 2**31:
             raise ValueError(f"a volume of {size} voxels has too long an axis: cut it into tiles")
-        volume = np.zeros((*box_of(size), canonical.shape[-1]), np.float32)
-        volume[tuple(map(slice, size))] = canonical
-        parts = mapped(box_of(grid))(
-            variables, volume, np.int32(size), np.int32(grid), np.arange(num_parts)
+        parts = mapped(resampling.box_of(grid))(
+            variables,
+            resampling.boxed(canonical),
+            np.int32(size),
+            np.int32(grid),
+            np.arange(num_parts),
         )
         joined = {
             name: np.moveaxis(
@@ -172,10 +169,9 @@ def _joined(parts, size, recipe):
     first, second, third = (size[axis] for axis in recipe.axis_order)
     stride = -(-resampling.bucket(third) // parts.shape[3])  # of a "sample", else 1
     num_parts = len(parts)
-    ends = [first * (index + 1) // num_parts for index in range(num_parts)]
-    starts = [0, *ends[:-1]]
+    shares = (inference.share(first, index, num_parts) for index in range(num_parts))
     pieces = [
         part[: end - start, :second, : -(-third // stride)]
-        for part, start, end in zip(parts, starts, ends, strict=True)
+        for part, (start, end) in zip(parts, shares, strict=True)
     ]
     return np.concatenate(pieces) if num_parts > 1 else pieces[0]

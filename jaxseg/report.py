@@ -150,23 +150,16 @@ def _shared_values(content):
         "class_names": content.scores["class_names"][1:],
         "counted": COUNTED,
         "tables": _tables(content.scores),
-        "mean_dice": _number(_mean([dice for _, dice in order]), 3),
+        "mean_dice": _number(metrics.mean_dice(content.scores["cases"].values()), 3),
         "case_rows": [_case_row(content, case_id, dice) for case_id, dice in order],
         "decisions": [_decision_row(d, content.scores["class_names"]) for d in content.decisions],
     }
 
 
 def _worst_first(scores):
-    """(case id, mean foreground Dice), lowest first and NaN last."""
-    dice = {
-        case_id: metrics.mean_foreground(case["dice"]) for case_id, case in scores["cases"].items()
-    }
-    return sorted(dice.items(), key=lambda item: (math.isnan(item[1]), item[1]))
-
-
-def _mean(values):
-    values = [value for value in values if not math.isnan(value)]
-    return sum(values) / len(values) if values else math.nan
+    """(case id, mean foreground Dice), in the order of `metrics.worst_first`."""
+    ranked = metrics.worst_first(scores["cases"])
+    return [(case_id, metrics.mean_foreground(case["dice"])) for case_id, case in ranked.items()]
 
 
 def _tables(scores):

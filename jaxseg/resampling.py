@@ -8,6 +8,7 @@ serves many volumes; what lies beyond the size has no influence.
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 BUCKET = 64
@@ -18,6 +19,30 @@ SPLINE_REACH = 16
 def bucket(size):
     """The array size that volumes of about this size share: a multiple of 64, or 1."""
     return size if size == 1 else -(-size // BUCKET) * BUCKET
+
+
+def box_of(shape):
+    """The array shape that volumes of about this shape share."""
+    return tuple(map(bucket, shape))
+
+
+def boxed(volume):
+    """Puts a volume into an array of the shape that volumes like it share; NumPy, on the host.
+
+    Args:
+      volume: [X, Y, Z, ...], any real dtype.
+    Returns:
+      [*box, ...] float32, 0 beyond the volume.
+    """
+    box = np.zeros((*box_of(volume.shape[:3]), *volume.shape[3:]), np.float32)
+    box[tuple(map(slice, volume.shape[:3]))] = volume
+    return box
+
+
+def voxels_inside(box, size):
+    """Which voxels of an array of spatial shape `box` belong to a volume of `size`, bool."""
+    first, second, third = (jnp.arange(n) < size[axis] for axis, n in enumerate(box))
+    return first[:, None, None] & second[:, None] & third
 
 
 def neighbours(target, size, source_size):
@@ -124,9 +149,7 @@ def resample(volume, source_size, size, box, order):
         return lax.fori_loop(0, size[0], add_slice, empty)
 
     def keep():
-        first, second, third = (jnp.arange(n) < size[a] for a, n in enumerate(box))
-        inside = first[:, None, None] & second[:, None] & third
-        return jnp.where(inside[..., None], volume, 0)
+        return jnp.where(voxels_inside(box, size)[..., None], volume, 0)
 
     if volume.shape[:3] != tuple(box):
         return interpolate()

@@ -11,7 +11,7 @@ import threading
 import jax
 import numpy as np
 
-from jaxseg import checkpoint, evaluate, experiment, finish, metrics, parallel, program, writers
+from jaxseg import checkpoint, experiment, finish, metrics, parallel, program, writers
 from jaxseg import config as config_lib
 from jaxseg.data import pipeline, splits
 from jaxseg.data.volumes import read_image, read_label
@@ -37,7 +37,6 @@ class Run:
       segment_fn: of `jaxseg.program.create_segment_fn`, for "label" and "sample".
       recipe: that it was made from.
       val_batches: validation patches, on the devices.
-      margin: of `jaxseg.experiment.margin_of`.
     """
 
     config: object
@@ -50,7 +49,6 @@ class Run:
     segment_fn: object
     recipe: program.Recipe
     val_batches: list
-    margin: tuple[int, ...]
 
 
 def train(config):
@@ -180,7 +178,6 @@ def _train(config, workdir, manager, first_step, margin, log):
         segment_fn=program.create_segment_fn(recipe),
         recipe=recipe,
         val_batches=validation_batches(config, data, margin),
-        margin=margin,
     )
     with stop_signals() as stop:
         state = fit(run, state, first_step, parallel.replicate(step_key), stop)
@@ -263,7 +260,7 @@ def fit(run, state, first_step, key, stop):
         start_step=first_step,
         num_steps=num_steps,
         augment_params=config.augment.to_dict(),
-        **pipeline_options(config, run.data, run.margin),
+        **pipeline_options(config, run.data, run.recipe.margin),
     )
     progress = writers.StepProgress(log, first_step, num_steps, batch_size)
     pending = []  # metrics still on the device: fetching them every step would stall it
@@ -330,7 +327,7 @@ def validate(run, state):
         dice.append(metrics.scores_from_counts(counts))
     return {
         "val_loss": float(sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)),
-        "val_dice": evaluate.mean_dice(dice),
+        "val_dice": metrics.mean_dice(dice),
     }
 
 

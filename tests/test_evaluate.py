@@ -214,8 +214,8 @@ def with_dice(*dice, **others):
 
 def test_mean_dice_leaves_out_what_is_undefined():
     scores = [with_dice(0.5, 1.0), with_dice(NAN, 0.25), with_dice(NAN, NAN)]
-    assert evaluate.mean_dice(scores) == pytest.approx((0.75 + 0.25) / 2)
-    assert np.isnan(evaluate.mean_dice(scores[2:]))
+    assert metrics.mean_dice(scores) == pytest.approx((0.75 + 0.25) / 2)
+    assert np.isnan(metrics.mean_dice(scores[2:]))
 
 
 def test_the_worst_case_comes_first_and_undefined_ones_last():
@@ -226,7 +226,7 @@ def test_the_worst_case_comes_first_and_undefined_ones_last():
         "a": with_dice(0.1, 0.3),
         "bad": with_dice(0.0, 0.1),
     }
-    assert list(evaluate.worst_first(scores_of)) == ["bad", "a", "b", "good", "empty"]
+    assert list(metrics.worst_first(scores_of)) == ["bad", "a", "b", "good", "empty"]
 
 
 def load_json(path):

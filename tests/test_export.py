@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jaxseg import checkpoint, export, geometry, predictor, program, weights
+from jaxseg import checkpoint, export, geometry, predictor, resampling, weights
 from jaxseg.data.volumes import read_image
 from jaxseg.export import ExportProblem
 
@@ -87,7 +87,7 @@ def test_any_number_of_volumes_of_different_sizes(exported, finished_run):
         sizes.append(images[-1].shape[:3])
         spacing_mm = geometry.spacing_mm_from_affine(affine)
         grids.append(geometry.resampled_shape(sizes[-1], spacing_mm, about["spacing_mm"]))
-    volumes = np.zeros((3, *program.box_of(sizes[0]), 1), np.float32)
+    volumes = np.zeros((3, *resampling.box_of(sizes[0]), 1), np.float32)
     for volume, image in zip(volumes, images, strict=True):
         volume[tuple(map(slice, image.shape[:3]))] = image
     labels = np.asarray(call(volumes, np.int32(sizes), np.int32(grids)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxseg import geometry, inference
-from jaxseg.resampling import bucket
+from jaxseg.resampling import box_of, boxed, bucket
 
 KERNEL = np.random.default_rng(3).normal(size=(3, 3, 3, 2, 4)).astype(np.float32)
 
@@ -24,13 +24,6 @@ def convolve_slices(x):
     numbers = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(slices, KERNEL[1], (1, 1), "SAME", dimension_numbers=numbers)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def boxed(array, fill=0.0):
-    """Puts an array into the larger one that volumes like it share."""
-    box = np.full((*map(bucket, array.shape[:3]), *array.shape[3:]), fill, np.float32)
-    box[tuple(map(slice, array.shape[:3]))] = array
-    return box
 
 
 def cut(array, shape):
@@ -52,7 +45,7 @@ def predict(
             target,
             (index, parts),
             tiling=tiling,
-            source_box=tuple(map(bucket, source)),
+            source_box=box_of(source),
             num_strips=strips,
         )
 

@@ -4,14 +4,12 @@ import pytest
 
 from jaxseg import normalisation
 from jaxseg.data import preprocess
-from jaxseg.resampling import bucket
+from jaxseg.resampling import boxed
 
 
-def boxed(array, fill=0.0):
-    """Puts an array into the larger one that volumes like it share."""
-    box = np.full((*map(bucket, array.shape[:3]), *array.shape[3:]), fill, np.float32)
-    box[tuple(map(slice, array.shape[:3]))] = array
-    return box
+def boxed_in(rest, volume):
+    """`boxed`, with another value beyond the volume."""
+    return np.where(boxed(np.ones_like(volume)), boxed(volume), np.float32(rest))
 
 
 def cut(array, shape):
@@ -42,7 +40,7 @@ def numbers(kind):
 )
 def test_robust_normalisation_is_that_of_training(kind):
     values = numbers(kind)
-    box = boxed(values, fill=-1e9)[..., None]
+    box = boxed_in(-1e9, values)[..., None]
     result = jax.jit(lambda x, size: normalisation.normalise(x, size, ((),)))(box, values.shape)
     expected = preprocess._normalise(values, "zscore", ())
     np.testing.assert_allclose(cut(result, values.shape)[..., 0], expected, rtol=2e-5, atol=2e-6)

@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 
 from jaxseg import geometry, resampling
-from jaxseg.resampling import bucket
+from jaxseg.resampling import box_of, boxed
 
 
-def boxed(array, fill=0.0):
-    """Puts an array into the larger one that volumes like it share."""
-    box = np.full((*map(bucket, array.shape[:3]), *array.shape[3:]), fill, np.float32)
-    box[tuple(map(slice, array.shape[:3]))] = array
-    return box
+def boxed_in(rest, volume):
+    """`boxed`, with another value beyond the volume."""
+    return np.where(boxed(np.ones_like(volume)), boxed(volume), np.float32(rest))
 
 
 def cut(array, shape):
@@ -32,9 +30,9 @@ def cut(array, shape):
 )
 def test_resampling_is_scipys(source, target, order):
     volume = np.random.default_rng(0).normal(size=(*source, 2)).astype(np.float32)
-    box = tuple(map(bucket, target))
+    box = box_of(target)
     resample = jax.jit(functools.partial(resampling.resample, box=box, order=order))
-    result = resample(boxed(volume, fill=1e6), np.int32(source), np.int32(target))
+    result = resample(boxed_in(1e6, volume), np.int32(source), np.int32(target))
     expected = geometry.resample_to_shape(volume, target, order)
     np.testing.assert_allclose(cut(result, target), expected, rtol=0, atol=3e-6)
     result = np.array(result)
