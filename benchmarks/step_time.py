@@ -1,6 +1,7 @@
 """Time of one training step and one evaluation step, mapped over all devices as in a run.
 
 python benchmarks/step_time.py --config=configs/unet.py
+python benchmarks/step_time.py --config=configs/unet.py --config.parallel.mode=shard_map
 
 The data is noise: only shapes matter. Prints compile time apart from the steps after it.
 """
@@ -15,7 +16,6 @@ from report import print_report
 
 from jaxseg import experiment, parallel
 from jaxseg.models.summary import count_flops
-from jaxseg.train_state import create_train_state
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/unet.py")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 10, "Timed steps after the first.")
@@ -36,17 +36,19 @@ def main(_):
     }
     model = experiment.create_model_for(config, NUM_CLASSES.value)
     tx = experiment.create_tx(config)
-    state = create_train_state(model, tx, jax.random.key(0), image_shape)
-    train_step, eval_step = experiment.create_steps(config, model, tx)
-    key = parallel.replicate(jax.random.key(1))
-    state = parallel.replicate(state)
-    batch = parallel.shard(batch)
+    layout = experiment.create_layout(config)
+    train_step, eval_step = experiment.create_steps(config, model, tx, layout)
+    state, key, learning_rate = (
+        parallel.place(tree, layout)
+        for tree in experiment.create_members(config, model, tx, image_shape)
+    )
+    batch = parallel.shard(batch, layout)
 
     eval_times = seconds_per_call(lambda: eval_step(state, batch))
     carried = [state]
 
     def train_once():
-        carried[0], metrics = train_step(carried[0], batch, key)
+        carried[0], metrics = train_step(carried[0], batch, key, learning_rate)
         return metrics
 
     train_times = seconds_per_call(train_once)
@@ -58,6 +60,7 @@ def main(_):
             "batch_shape": [batch_size, *image_shape],
             "dtype": config.model.dtype,
             "devices": jax.device_count(),
+            "mode": config.parallel.mode,
             "train_first_s": train_times[0],
             "train_median_s": float(np.median(train_times[1:])),
             "train_min_s": min(train_times[1:]),

@@ -1,4 +1,4 @@
-"""What the commands beside `main` share: flags of their own, and one clear message at the end."""
+"""What the commands share: flags of their own, and one clear message at the end."""
 
 import sys
 
@@ -34,6 +34,14 @@ def parse(name, argv, *, text, define, required):
     if missing:
         leave(name, f"{', '.join(missing)} must be given: see --help")
     return options
+
+
+def hide_accelerators():
+    """Keeps TensorFlow, which prepares data, from taking the memory of JAX's GPUs and TPUs."""
+    import tensorflow as tf  # takes seconds, which commands without data are spared
+
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
 
 
 def leave(name, message, status=2):

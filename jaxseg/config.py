@@ -7,9 +7,10 @@ crop.
 
 import difflib
 import json
+import math
 import re
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 MODEL_DEFAULTS = {
     "unet": {
@@ -64,6 +65,8 @@ CHOICES = {
     "loss.name": ("cross_entropy", "soft_dice", "dice_cross_entropy", "focal", "tversky"),
     "optim.name": ("sgd", "adamw"),
     "optim.schedule": ("constant", "polynomial", "cosine"),
+    "parallel.mode": ("pmap", "shard_map"),
+    "ensemble.by": ("map", "vmap"),
 }
 
 MODEL_CHOICES = {
@@ -97,6 +100,8 @@ POSITIVE = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "parallel.space",
+    "ensemble.size",
     "predict.buffer_mib",
 )
 
@@ -106,6 +111,8 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.clip_norm",
     "loss.border_weight.w0",
+    "parallel.virtual_shards",
+    "ensemble.folds",
 )
 
 # Resolutions of the encoders whose channels are published.
@@ -117,6 +124,8 @@ FREE_WHEN_RESUMING = (
     "data.cache_dir",
     "train.log_every",
     "train.keep_checkpoints",
+    "parallel.mode",
+    "parallel.space",
     "predict.buffer_mib",
 )
 
@@ -156,6 +165,7 @@ def base_config(model="unet", rank=2):
                 "foreground_fraction": 0.33,
             },
             "split": {
+                "seed": 0,  # of who is in which set, so that `seed` repeats a run on the same
                 "file": "",  # JSON with lists of case ids, relative to data.dir
                 "subject_regex": "",  # its first group is the subject; "" means a case is one
                 "test_regex": "",  # cases that match are the test set
@@ -203,7 +213,8 @@ def base_config(model="unet", rank=2):
             },
             "optim": {
                 "name": "adamw",
-                "learning_rate": 2e-3,
+                # A list, [1e-3, 3e-3], trains one member for each.
+                "learning_rate": FieldReference(2e-3, field_type=object),
                 "schedule": "polynomial",
                 "warmup_steps": 50,
                 "weight_decay": 1e-2,
@@ -221,6 +232,18 @@ def base_config(model="unet", rank=2):
                 "eval_every": 250,
                 "checkpoint_every": 250,
                 "keep_checkpoints": 2,
+            },
+            "parallel": {
+                "mode": "pmap",  # or shard_map: the same step, over a mesh with more axes
+                "space": 1,  # devices that share a volume, along its first axis; shard_map only
+                # Sum gradients of this many parts of the batch in one order, whatever the number of
+                # devices, so that it changes no bit; 0 leaves the order to the devices.
+                "virtual_shards": 0,
+            },
+            "ensemble": {
+                "size": 1,  # members that differ in their seed: seed, seed + 1 ...
+                "folds": 0,  # k: one member for each fold of a cross-validation
+                "by": "map",  # members one after the other, to the bit as alone; or vmap
             },
             "predict": {
                 "buffer_mib": 1024,  # most memory for overlapping tiles, whatever the volume
@@ -285,6 +308,8 @@ def validate(config):
 
     problems += _data_problems(config)
     problems += _training_problems(config)
+    problems += _parallel_problems(config)
+    problems += _ensemble_problems(config)
     if problems:
         raise ConfigProblems(problems)
 
@@ -342,7 +367,7 @@ def _flatten(config, prefix=""):
 
 
 def _entries(value):
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def _is_number(value):
@@ -507,4 +532,75 @@ def _training_problems(config):
             f"train.batch_size {train.batch_size} must be divisible by optim.accumulate_steps "
             f"{optim.accumulate_steps}"
         )
+    return problems
+
+
+def _parallel_problems(config):
+    problems = []
+    parallel, model, train = config.parallel, config.model, config.train
+    shards, space = parallel.virtual_shards, parallel.space
+    if shards & (shards - 1):
+        problems.append(f"parallel.virtual_shards {shards} must be a power of two, or 0")
+    elif shards and train.batch_size % shards:
+        problems.append(
+            f"train.batch_size {train.batch_size} must be divisible by parallel.virtual_shards "
+            f"{shards}"
+        )
+    if shards and config.optim.accumulate_steps > 1:
+        problems.append(
+            "parallel.virtual_shards are computed one by one already: set "
+            "optim.accumulate_steps to 1"
+        )
+    has_batch_norm = model.norm == "batch" or "resnet" in model.encoder
+    if shards and has_batch_norm and not model.freeze_batch_stats:
+        problems.append(
+            "parallel.virtual_shards can not share the statistics of batch normalisation: use "
+            "another model.norm, or model.freeze_batch_stats"
+        )
+    if space == 1:
+        return problems
+    if parallel.mode != "shard_map":
+        problems.append("parallel.space needs parallel.mode 'shard_map'")
+    if shards:
+        problems.append("parallel.space can not be had together with parallel.virtual_shards")
+    whole = {"padding": "same", "up": "conv", "attention": False}
+    if (
+        model.name != "unet"
+        or model.encoder in PUBLISHED_DEPTHS
+        or any(model[name] != value for name, value in whole.items())
+    ):
+        problems.append(
+            "parallel.space needs a U-Net with model.encoder 'plain' or 'residual', model.padding "
+            "'same', model.up 'conv', and no model.attention"
+        )
+    else:
+        steps = model.strides or (2,) * (len(model.features) - 1)
+        parts = space * math.prod(_entries(step)[0] for step in steps)
+        if config.data.patch_size[0] % parts:
+            problems.append(
+                f"data.patch_size {tuple(config.data.patch_size)} must begin with a multiple of "
+                f"{parts}, so that parallel.space {space} parts stay aligned at all resolutions"
+            )
+    return problems
+
+
+def _ensemble_problems(config):
+    problems = []
+    ensemble, rate = config.ensemble, config.optim.learning_rate
+    is_sweep = isinstance(rate, tuple | list)
+    if is_sweep and len(rate) < 2:
+        problems.append(f"optim.learning_rate {rate!r} must list two rates or more, or be a number")
+    if (ensemble.size > 1) + (ensemble.folds > 0) + is_sweep > 1:
+        problems.append(
+            "ensemble.size, ensemble.folds and a list of optim.learning_rate exclude each other"
+        )
+    if ensemble.folds == 1:
+        problems.append("ensemble.folds must be at least 2, or 0")
+    if ensemble.folds and config.split.num_folds not in (0, ensemble.folds):
+        problems.append(
+            f"split.num_folds {config.split.num_folds} must be ensemble.folds {ensemble.folds}, "
+            "or 0"
+        )
+    if config.seed + ensemble.size > 2**31:
+        problems.append(f"seed {config.seed} + ensemble.size {ensemble.size} must not pass 2^31")
     return problems

@@ -12,6 +12,47 @@ from jaxseg import losses, optim, parallel, program, steps, transfer, weights
 from jaxseg.data import builder, cases, demo, splits
 from jaxseg.data.verify import verify
 from jaxseg.models import create_model
+from jaxseg.train_state import create_train_states
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What tells the networks apart that one run trains.
+
+    Attributes:
+      seed: of its initial weights and its batches.
+      fold: of its split.
+      learning_rate: the highest.
+    """
+
+    seed: int
+    fold: int
+    learning_rate: float
+
+
+def kind_of_members(config):
+    """Why a run has several members: "seeds", "folds" or "rates"; "single" if it has one."""
+    if config.ensemble.size > 1:
+        return "seeds"
+    if config.ensemble.folds:
+        return "folds"
+    return "rates" if isinstance(config.optim.learning_rate, list | tuple) else "single"
+
+
+def members_of(config):
+    """The members that one run trains, as a tuple; each is what that run alone would train."""
+    rates = config.optim.learning_rate
+    alone = Member(config.seed, config.split.fold, None)
+    return {
+        "seeds": lambda: tuple(
+            Member(config.seed + i, config.split.fold, rates) for i in range(config.ensemble.size)
+        ),
+        "folds": lambda: tuple(
+            Member(config.seed, fold, rates) for fold in range(config.ensemble.folds)
+        ),
+        "rates": lambda: tuple(dataclasses.replace(alone, learning_rate=rate) for rate in rates),
+        "single": lambda: (dataclasses.replace(alone, learning_rate=rates),),
+    }[kind_of_members(config)]()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,21 +61,26 @@ class Data:
 
     Attributes:
       dataset: `jaxseg.data.cases.Dataset`.
-      split: dict from "train", "val", "test" to case ids.
+      splits: for each member a dict from "train", "val", "test" to case ids.
       store: CaseStore.
       plan: preprocessing Plan.
       fingerprint: SHA-256 of the data.
     """
 
     dataset: cases.Dataset
-    split: dict
+    splits: tuple[dict, ...]
     store: builder.CaseStore
     plan: object
     fingerprint: str
 
-    def cases_of(self, set_name):
-        """The cases of "train", "val" or "test"."""
-        chosen = set(self.split[set_name])
+    @property
+    def split(self):
+        """Of the first member."""
+        return self.splits[0]
+
+    def cases_of(self, set_name, member=0):
+        """The cases that are "train", "val" or "test" of a member."""
+        chosen = set(self.splits[member][set_name])
         return [case for case in self.dataset.cases if case.case_id in chosen]
 
     @property
@@ -65,16 +111,33 @@ def load_data(config, log):
         dataset = find_dataset(config, cache_dir, log)
     except cases.DatasetProblems as problems:
         raise _with_content_problems(problems, log) from None
-    split = make_split(config, dataset)
+    splits_of = {fold: make_split(config, dataset, fold) for fold in _folds_of(config)}
+    split = next(iter(splits_of.values()))
+    # Folds share one preparation, so none is measured on its own training cases alone.
+    planned = split["train"] + (split["val"] if _cross_validates(config, dataset) else [])
     store, plan, fingerprint = builder.prepare(
         dataset,
-        split["train"],
+        planned,
         cache_dir=os.path.join(cache_dir, "prepared"),
         progress=log.progress,
         border_weight=border_weight_of(config),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        barrier=parallel.barrier,
         **config.preprocess.to_dict(),
     )
-    return Data(dataset, split, store, plan, fingerprint)
+    splits_of_members = tuple(splits_of[member.fold] for member in members_of(config))
+    return Data(dataset, splits_of_members, store, plan, fingerprint)
+
+
+def _folds_of(config):
+    return sorted({member.fold for member in members_of(config)})
+
+
+def _cross_validates(config, dataset):
+    if config.split.file:
+        return splits.lists_folds(os.path.join(dataset.root, config.split.file))
+    return bool(config.split.num_folds or config.ensemble.folds)
 
 
 def _with_content_problems(missing, log):
@@ -110,16 +173,17 @@ def find_dataset(config, cache_dir, log):
     )
 
 
-def make_split(config, dataset):
+def make_split(config, dataset, fold):
     """The train, val and test cases that `config.split` asks for."""
-    options = config.split.to_dict()
+    options = config.split.to_dict() | {"fold": fold}
     file, regex = options.pop("file"), options.pop("subject_regex")
     case_ids = [case.case_id for case in dataset.cases]
     subject_of = splits.subject_from_regex(regex)
     if file:
         path = os.path.join(dataset.root, file)
-        return splits.split_from_file(path, case_ids, subject_of=subject_of, fold=config.split.fold)
-    return splits.split_by_subject(case_ids, seed=config.seed, subject_of=subject_of, **options)
+        return splits.split_from_file(path, case_ids, subject_of=subject_of, fold=fold)
+    options["num_folds"] = options["num_folds"] or config.ensemble.folds
+    return splits.split_by_subject(case_ids, subject_of=subject_of, **options)
 
 
 def create_model_for(config, num_classes):
@@ -177,16 +241,45 @@ def load_initial_weights(config, state, log):
     return state.replace(**variables)
 
 
+def create_members(config, model, tx, image_shape, log=None):
+    """Fresh members, stacked where there are several.
+
+    Args:
+      config: validated ConfigDict.
+      model: from `create_model_for`.
+      tx: from `create_tx`.
+      image_shape: shape of one training image, (*S, C).
+      log: where to say what came from `init.checkpoint`; None leaves that unread.
+    Returns:
+      (state, keys, learning_rates): TrainState and, for each member, the key of its steps and its
+      learning rate.
+    """
+    members = members_of(config)
+    init_keys, step_keys = zip(
+        *(jax.random.split(jax.random.key(member.seed)) for member in members), strict=True
+    )
+    states = create_train_states(model, tx, init_keys, image_shape)
+    if config.init.checkpoint and log is not None:
+        states = [load_initial_weights(config, state, log) for state in states]
+    rates = [jnp.float32(member.learning_rate) for member in members]
+    if len(members) == 1:
+        return states[0], step_keys[0], rates[0]
+    return tuple(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        for trees in (states, step_keys, rates)
+    )
+
+
 def loss_fn_for(config):
     """The loss that `config.loss` names."""
     return losses.LOSSES[config.loss.name]
 
 
 def create_tx(config):
-    """The optimiser that `config.optim` describes."""
+    """The optimiser that `config.optim` describes, for a learning rate of 1."""
     schedule = optim.create_schedule(
         config.optim.schedule,
-        learning_rate=config.optim.learning_rate,
+        learning_rate=1.0,
         num_steps=config.train.num_steps,
         warmup_steps=config.optim.warmup_steps,
     )
@@ -224,22 +317,44 @@ def create_recipe(config, plan, class_names, margin, **options):
     )
 
 
-def create_steps(config, model, tx):
-    """The training and the evaluation step, mapped over all devices.
+def create_layout(config):
+    """How devices share the work of a run.
+
+    Raises:
+      ConfigProblems: they can not.
+    """
+    try:
+        return parallel.create_layout(
+            config.parallel.mode, len(members_of(config)), config.parallel.space
+        )
+    except ValueError as error:
+        raise config_lib.ConfigProblems([str(error)]) from None
+
+
+def create_steps(config, model, tx, layout):
+    """The training and the evaluation step, mapped over members and devices.
 
     Args:
       config: validated ConfigDict.
       model: from `create_model_for`.
       tx: from `create_tx`.
+      layout: from `create_layout`.
     """
-    options = {
-        "model": model.clone(axis_name=parallel.AXIS_NAME),
-        "loss_fn": loss_fn_for(config),
-        "axis_name": parallel.AXIS_NAME,
-    }
-    accumulate_steps = config.optim.accumulate_steps
+    axes = {"axis_name": parallel.AXIS_NAME}
+    if config.parallel.space > 1:
+        axes["space_axis"] = parallel.SPACE_AXIS
+    on_devices = {"model": model.clone(**axes), "loss_fn": loss_fn_for(config), **axes}
+    virtual_shards = config.parallel.virtual_shards
     train_step = functools.partial(
-        steps.train_step, tx=tx, accumulate_steps=accumulate_steps, **options
+        steps.train_step,
+        tx=tx,
+        accumulate_steps=config.optim.accumulate_steps,
+        virtual_shards=virtual_shards,
+        **(on_devices | {"model": model} if virtual_shards else on_devices),
     )
-    eval_step = functools.partial(steps.eval_step, **options)
-    return parallel.pmap_train_step(train_step), parallel.pmap_eval_step(eval_step)
+    eval_step = functools.partial(steps.eval_step, **on_devices)
+    if layout.has_members:
+        train_step, eval_step = (
+            steps.over_members(step, config.ensemble.by) for step in (train_step, eval_step)
+        )
+    return parallel.map_train_step(train_step, layout), parallel.map_eval_step(eval_step, layout)

@@ -108,7 +108,7 @@ def load_exported(path):
 
 
 def save_weights(path, predictor, workdir):
-    """Writes weights by name, with "memberN/" before it if there are several runs.
+    """Writes weights by name, with "memberN/" before it if there are several members.
 
     Args:
       path: of the safetensors file; its metadata are the JSON files of `workdir`.

@@ -1,24 +1,25 @@
 """What follows training: mend, calibrate, score on whole cases, and report."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 
 import jax
 import numpy as np
 
 from jaxseg import (
     calibration,
-    checkpoint,
     evaluate,
+    experiment,
     geometry,
+    identity,
     metrics,
+    parallel,
     plots,
     postprocess,
     program,
     report,
+    statistics,
     writers,
 )
 from jaxseg import config as config_lib
@@ -29,7 +30,7 @@ CASES_ON_SHEET = 6
 TOLERANCE_MM = 1.0  # of the surface Dice
 # Enough voxels of a set to measure its calibration.
 CALIBRATION_VOXELS = 1_000_000
-VERSIONS_OF = ("jaxseg", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "nibabel")
+MEMBERS_NAME = "members.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,52 +78,76 @@ class ValidationCases:
             yield prediction, reference, geometry.spacing_mm_from_affine(affine)
 
 
-def members_of(state):
-    """The weights of a TrainState as an ensemble of one, as `program` takes them."""
+def members_of(state, num_members):
+    """The weights of a TrainState as `program` takes them.
+
+    Args:
+      state: TrainState; its leaves have a leading axis of members if there are several.
+      num_members: of the run.
+    Returns:
+      {"params", "batch_stats"}: leaves [num_members, ...].
+    """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return jax.tree.map(lambda x: x[None], variables)
+    return variables if num_members > 1 else jax.tree.map(lambda x: x[None], variables)
 
 
 def finish(run, state):
     """Chooses post-processing and temperature on validation cases, then evaluates the network.
 
-    With test cases, the checkpoint with the best validation Dice is evaluated on them as it will be
-    used. Without, the last step's is evaluated on the validation cases, before post-processing,
-    which these very cases chose.
+    With test cases, the network is evaluated on them as it will be used. Without, it is evaluated
+    on the validation cases, before post-processing, which these very cases chose.
+
+    Of several members: seeds are averaged. Folds are averaged too, but on validation cases each
+    predicts those of its own fold, on which it was not trained; so these choose for single members
+    what is then used for their average. Of learning rates the one with the best validation Dice is
+    the network, and the others are left behind.
 
     Args:
       run: `jaxseg.train.Run`.
-      state: the last TrainState.
+      state: TrainState to evaluate, on the host.
     """
-    run.manager.wait_until_finished()
-    step, has_test = int(state.step), bool(run.data.split["test"])
-    if has_test and run.manager.best_step() != step:
-        step = run.manager.best_step()
-        state = checkpoint.restore(run.manager, step, state)
-    variables = members_of(state)
+    kind = experiment.kind_of_members(run.config)
+    step, has_test = int(np.max(state.step)), bool(run.data.split["test"])
+    variables = parallel.replicate(members_of(state, len(run.members)))
+    chosen = members = None
+    if kind == "rates":
+        scores_of_members = score_members(run, variables, "val", [])
+        chosen = best_member(scores_of_members)
+        members = summarise_members(kind, "val", run.members, scores_of_members, chosen)
+        variables = predictor_lib.member_alone(variables, chosen)
 
-    val_files, val_sample, val_flags = segment_set(run, variables, "val", [])
+    val_work = folds_apart(run, variables) if kind == "folds" else together(run, variables, "val")
+    val_files, val_sample, val_flags = segment_set(run, val_work, "val", [])
     run.log.text(f"trying post-processing on {len(val_files)} validation cases")
     steps, decisions = postprocess.choose_steps(ValidationCases(val_files), run.data.num_classes)
     calibrated = calibration.calibrate(*val_sample, set_name="val")
-    chosen = {
+    finished = {
         "step": step,
+        "kind": kind,
+        "member": chosen,
         "temperature": calibrated["temperature"],
         "postprocess": {"steps": steps, "decisions": decisions},
         "calibration": calibrated,
     }
-    writers.write_json(os.path.join(run.workdir, predictor_lib.FINISHED_NAME), chosen)
+    writers.write_json(os.path.join(run.workdir, predictor_lib.FINISHED_NAME), finished)
 
     set_name, files, flags = "val", val_files, val_flags
     if has_test:
         set_name = "test"
-        files, sample, flags = segment_set(run, variables, "test", steps)
+        files, sample, flags = segment_set(run, together(run, variables, "test"), "test", steps)
         temperature = calibrated["temperature"]
         calibrated = calibration.calibrate(*sample, set_name="test", temperature=temperature)
+    if kind == "seeds":
+        scores_of_members = score_members(run, variables, set_name, steps if has_test else [])
+        members = summarise_members(kind, set_name, run.members, scores_of_members)
+    elif kind == "folds":
+        scores_of_members = _scores_by_fold(run, val_files)
+        members = summarise_members(kind, "val", run.members, scores_of_members)
     scores = {case_files.case.case_id: _score(run, case_files) for case_files in files}
     about = {
         "set": set_name,
         "step": step,
+        "members": kind,
         "data": run.data.fingerprint,
         "tolerance_mm": TOLERANCE_MM,
         "unit": "mm" if is_nifti(files[0].case.image_path) else "pixel",
@@ -131,18 +156,37 @@ def finish(run, state):
     table, mean_dice = evaluate.save_scores(
         run.workdir, set_name, scores, class_names=class_names, about=about
     )
+    if members:
+        writers.write_json(os.path.join(run.workdir, MEMBERS_NAME), members)
     _draw(run, set_name, files, scores)
-    _report(run, set_name, files, flags, calibrated, decisions)
+    _report(run, set_name, files, flags, calibrated, decisions, members)
     run.log.text(f"\nwhole {set_name} cases, checkpoint of step {step}\n{table}")
     run.log.text(f"mean {set_name} Dice {mean_dice:.4f}")
+    if members:
+        run.log.text(report.describe_members(members))
 
 
-def segment_set(run, variables, set_name, steps):
+def together(run, variables, set_name):
+    """What to predict of a set with which weights: every case with all of them."""
+    return [(variables, case) for case in run.data.cases_of(set_name)]
+
+
+def folds_apart(run, variables):
+    """As `together` of the validation cases, but each fold's with the member that it validates."""
+    return [
+        (alone, case)
+        for index in range(len(run.members))
+        for alone in [predictor_lib.member_alone(variables, index)]
+        for case in run.data.cases_of("val", member=index)
+    ]
+
+
+def segment_set(run, work, set_name, steps):
     """Predicts whole cases and writes them to a folder of the set's name.
 
     Args:
       run: `jaxseg.train.Run`.
-      variables: from `members_of`.
+      work: (variables, case) of each case, from `together` or `folds_apart`.
       set_name: "val" or "test".
       steps: post-processing.
     Returns:
@@ -154,8 +198,7 @@ def segment_set(run, variables, set_name, steps):
     os.makedirs(folder, exist_ok=True)
     label_values = run.data.dataset.label_values
     files, samples, flags = [], [], {}
-    cases = run.data.cases_of(set_name)
-    for case in run.log.progress(cases, title=f"segmenting {set_name} cases"):
+    for variables, case in run.log.progress(work, title=f"segmenting {set_name} cases"):
         image, affine = read_image(case.image_path)
         reference, _ = read_label(case.label_path, label_values)
         outputs = run.segment_fn(variables, image, affine)
@@ -168,13 +211,96 @@ def segment_set(run, variables, set_name, steps):
         files.append(CaseFiles(case, path, label_values))
         sampled = program.sampled(reference, affine, run.recipe)
         samples.append(
-            _near_foreground(outputs["sample"], sampled, CALIBRATION_VOXELS // len(cases))
+            _near_foreground(outputs["sample"], sampled, CALIBRATION_VOXELS // len(work))
         )
         reasons = predictor_lib.unlike_training(run.data.plan, image, affine)
         if reasons:
             flags[case.case_id] = reasons
     logits, labels = (np.concatenate(arrays) for arrays in zip(*samples, strict=True))
     return files, (logits, labels), flags
+
+
+def score_members(run, variables, set_name, steps):
+    """Dice of every member alone on the same cases.
+
+    Args:
+      run: `jaxseg.train.Run`.
+      variables: from `members_of`.
+      set_name: "val" or "test".
+      steps: post-processing.
+    Returns:
+      For each member a dict from case id to {"dice": [K] float64}.
+    """
+    alone = [predictor_lib.member_alone(variables, index) for index in range(len(run.members))]
+    scores_of = [{} for _ in alone]
+    title = f"scoring each member on {set_name} cases"
+    for case in run.log.progress(run.data.cases_of(set_name), title=title):
+        image, affine = read_image(case.image_path)
+        reference, _ = read_label(case.label_path, run.data.dataset.label_values)
+        spacing_mm = geometry.spacing_mm_from_affine(affine)
+        for scores, member in zip(scores_of, alone, strict=True):
+            label = run.segment_fn(member, image, affine)["label"]
+            label = postprocess.apply_steps(label, spacing_mm, steps)
+            scores[case.case_id] = _dice(label, reference, run.data.num_classes)
+    return scores_of
+
+
+def _scores_by_fold(run, files):
+    """As `score_members`, of what each fold's member has predicted of its own fold."""
+    by_id = {case_files.case.case_id: case_files for case_files in files}
+    return [
+        {
+            case.case_id: _dice(*by_id[case.case_id].read_labels()[:2], run.data.num_classes)
+            for case in run.data.cases_of("val", member=index)
+        }
+        for index in range(len(run.members))
+    ]
+
+
+def _dice(prediction, reference, num_classes):
+    counts = metrics.confusion_counts(prediction, reference, num_classes)
+    return {"dice": metrics.scores_from_counts(counts)["dice"]}
+
+
+def best_member(scores_of_members):
+    """Index of the member with the best mean Dice; the first if none has one."""
+    dice = [metrics.mean_dice(scores.values()) for scores in scores_of_members]
+    return int(np.argmax(np.nan_to_num(dice, nan=-1.0)))
+
+
+def summarise_members(kind, set_name, members, scores_of_members, chosen=None):
+    """What the members of a run say of the recipe that they share.
+
+    Args:
+      kind: "seeds", "folds" or "rates".
+      set_name: that they were scored on.
+      members: `jaxseg.experiment.Member` of each.
+      scores_of_members: as from `score_members`.
+      chosen: index of the member that is the result; None where they are averaged.
+    Returns:
+      Dict, JSON-ready: "kind", "set", "chosen"; "members", for each its fields with "num_cases",
+      mean Dice "dice" (over cases) and "dice_by_class" of the foreground; and, but for rates,
+      "summary": for "dice" and each of "dice_by_class" what `statistics.t_interval` says of them.
+    """
+    rows = []
+    for member, scores in zip(members, scores_of_members, strict=True):
+        by_class = metrics.summarise(list(scores.values()))["dice"]["mean"][1:]
+        rows.append(
+            dataclasses.asdict(member)
+            | {
+                "num_cases": len(scores),
+                "dice": metrics.mean_dice(scores.values()),
+                "dice_by_class": by_class.tolist(),
+            }
+        )
+    found = {"kind": kind, "set": set_name, "chosen": chosen, "members": rows}
+    if kind != "rates":  # which are no repetitions of one thing
+        by_class = zip(*(row["dice_by_class"] for row in rows), strict=True)
+        found["summary"] = {
+            "dice": statistics.t_interval([row["dice"] for row in rows]),
+            "dice_by_class": [statistics.t_interval(values) for values in by_class],
+        }
+    return writers.json_ready(found)
 
 
 def _near_foreground(logits, label, most):
@@ -223,7 +349,7 @@ def _panel(case_files, dice):
     return title, image[:, :, z], label[:, :, z], prediction[:, :, z], aspect
 
 
-def _report(run, set_name, files, flags, calibrated, decisions):
+def _report(run, set_name, files, flags, calibrated, decisions, members):
     with open(os.path.join(run.workdir, f"{set_name}.json"), encoding="utf-8") as file:
         scores = json.load(file)
     by_id = {case_files.case.case_id: case_files for case_files in files}
@@ -235,19 +361,17 @@ def _report(run, set_name, files, flags, calibrated, decisions):
         calibration=calibrated,
         decisions=decisions,
         config=config_lib.to_json(run.config),
-        versions=versions(),
+        versions=_origin(run),
         fingerprint=run.data.fingerprint,
         flags=flags,
+        members=members,
         load_case=lambda case_id: by_id[case_id].read_canonical(),
     )
     report.write_report(run.workdir, content)
 
 
-def versions():
-    """Versions of what computed a result: packages, Python, and the device."""
-    found = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-    device = jax.devices()[0]
-    return found | {
-        "python": platform.python_version(),
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-    }
+def _origin(run):
+    """What computed the result, for the report."""
+    sessions = identity.read_sessions(run.workdir)
+    source = sessions[-1]["source"] if sessions else None
+    return identity.versions() | ({"git revision": source} if source else {})

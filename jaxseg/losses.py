@@ -1,20 +1,26 @@
 """Segmentation losses: logits and a label map in, one float32 per example out.
 
-All take `(logits [B, *S, C], label [B, *S], *, valid=None)`, for any number of spatial axes, and
-compute in float32. Each pixel's share is multiplied by `valid`, so a pixel with `valid` 0 adds
-nothing to the value or the gradient, whatever finite logits the network gives there. Labels lie in
-[0, C) where `valid` is not 0: checked at ingestion, not here.
+All take `(logits [B, *S, C], label [B, *S], *, valid=None, space_axis=None)`, for any number of
+spatial axes, and compute in float32. With `space_axis`, a device axis over which volumes are cut
+into parts, sums over voxels are taken over it too: every device returns the loss of whole examples.
+
+Each pixel's share is multiplied by `valid`, so a pixel with `valid` 0 adds nothing to the value or
+the gradient, whatever finite logits the network gives there. Labels lie in [0, C) where `valid` is
+not 0: checked at ingestion, not here.
 
 The label enters as comparisons and selections, never as an index, so no gradient holds a scatter:
 it is fast and deterministic on every device.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
-def cross_entropy_loss(logits, label, *, valid=None, class_weights=None):
+def cross_entropy_loss(logits, label, *, valid=None, class_weights=None, space_axis=None):
     """Cross-entropy per example, averaged over its valid pixels.
 
     With weights w_c per class: Σ v w_g (-log p_g) / Σ v w_g, where g is the pixel's label.
@@ -25,16 +31,19 @@ def cross_entropy_loss(logits, label, *, valid=None, class_weights=None):
       valid: 1 where a pixel counts, [B, *S]; None means all.
       class_weights: One non-negative weight per class, C numbers; None means equal. Only their
         ratios matter, as in torch.nn.CrossEntropyLoss, here within each example.
+      space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32, at least 0; 0 where nothing is valid.
     Raises:
       ValueError: shapes or dtypes do not match, or class_weights does not hold C numbers.
     """
     log_probs, one_hot, valid = _per_pixel(logits, label, valid)
-    return _cross_entropy(log_probs, one_hot, valid, class_weights)
+    return _cross_entropy(log_probs, one_hot, valid, class_weights, space_axis)
 
 
-def soft_dice_loss(logits, label, *, valid=None, include_background=False, eps=1e-5):
+def soft_dice_loss(
+    logits, label, *, valid=None, include_background=False, eps=1e-5, space_axis=None
+):
     """Soft Dice loss per example, averaged over classes.
 
     For class c: 1 - (2 Σ p g + eps) / (Σ p + Σ g + eps). A class that is in neither the label nor
@@ -46,6 +55,7 @@ def soft_dice_loss(logits, label, *, valid=None, include_background=False, eps=1
       valid: 1 where a voxel counts, [B, *S]; None means all.
       include_background: Whether class 0 enters the mean.
       eps: Smoothing added to both terms, in voxels; more than 0.
+      space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32 in [0, 1].
     Raises:
@@ -54,7 +64,7 @@ def soft_dice_loss(logits, label, *, valid=None, include_background=False, eps=1
     Reference: Milletari et al. 2016 (V-Net), denominator terms not squared.
     """
     log_probs, one_hot, valid = _per_pixel(logits, label, valid)
-    return _soft_dice(log_probs, one_hot, valid, include_background, eps)
+    return _soft_dice(log_probs, one_hot, valid, include_background, eps, space_axis)
 
 
 def dice_cross_entropy_loss(
@@ -67,6 +77,7 @@ def dice_cross_entropy_loss(
     class_weights=None,
     include_background=False,
     eps=1e-5,
+    space_axis=None,
 ):
     """Weighted sum of `soft_dice_loss` and `cross_entropy_loss`, sharing one softmax.
 
@@ -79,6 +90,7 @@ def dice_cross_entropy_loss(
       class_weights: Of the cross-entropy, C numbers; None means equal.
       include_background: Of the soft Dice loss.
       eps: Of the soft Dice loss, in voxels.
+      space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32.
     Raises:
@@ -86,12 +98,12 @@ def dice_cross_entropy_loss(
     Reference: Isensee et al. 2021 (nnU-Net).
     """
     log_probs, one_hot, valid = _per_pixel(logits, label, valid)
-    dice = _soft_dice(log_probs, one_hot, valid, include_background, eps)
-    cross_entropy = _cross_entropy(log_probs, one_hot, valid, class_weights)
+    dice = _soft_dice(log_probs, one_hot, valid, include_background, eps, space_axis)
+    cross_entropy = _cross_entropy(log_probs, one_hot, valid, class_weights, space_axis)
     return dice_weight * dice + ce_weight * cross_entropy
 
 
-def focal_loss(logits, label, *, valid=None, gamma=2.0, alpha=None):
+def focal_loss(logits, label, *, valid=None, gamma=2.0, alpha=None, space_axis=None):
     """Multi-class focal loss per example, averaged over its valid pixels.
 
     Σ v alpha_g (1 - p_g)^gamma (-log p_g) / Σ v, where g is the pixel's label. Unlike the class
@@ -103,6 +115,7 @@ def focal_loss(logits, label, *, valid=None, gamma=2.0, alpha=None):
       valid: 1 where a pixel counts, [B, *S]; None means all.
       gamma: How strongly pixels already right are played down; 0 gives the cross-entropy.
       alpha: One factor per class, C numbers; None means 1.
+      space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32, at least 0; 0 where nothing is valid.
     Raises:
@@ -118,11 +131,19 @@ def focal_loss(logits, label, *, valid=None, gamma=2.0, alpha=None):
     focal = -log_prob * prob_wrong**gamma
     if alpha is not None:
         focal *= _at_label(_class_vector(alpha, "alpha", one_hot), one_hot)
-    return _weighted_mean(focal, valid)
+    return _weighted_mean(focal, valid, space_axis)
 
 
 def tversky_loss(
-    logits, label, *, valid=None, alpha=0.3, beta=0.7, include_background=False, eps=1e-5
+    logits,
+    label,
+    *,
+    valid=None,
+    alpha=0.3,
+    beta=0.7,
+    include_background=False,
+    eps=1e-5,
+    space_axis=None,
 ):
     """Tversky loss per example, averaged over classes.
 
@@ -137,6 +158,7 @@ def tversky_loss(
       beta: Cost of a false negative, at least 0.
       include_background: Whether class 0 enters the mean.
       eps: Smoothing added to both terms, in voxels; more than 0.
+      space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32 in [0, 1].
     Raises:
@@ -144,7 +166,7 @@ def tversky_loss(
     Reference: Salehi et al. 2017.
     """
     log_probs, one_hot, valid = _per_pixel(logits, label, valid)
-    tp, fp, fn = _soft_counts(log_probs, one_hot, valid, include_background)
+    tp, fp, fn = _soft_counts(log_probs, one_hot, valid, include_background, space_axis)
     wrong = alpha * fp + beta * fn
     return jnp.mean(wrong / (tp + wrong + eps), axis=-1)
 
@@ -158,7 +180,7 @@ LOSSES = {
 }
 
 
-def supervise(loss_fn, logits, label, valid):
+def supervise(loss_fn, logits, label, valid, space_axis=None):
     """Loss of what a network returns: logits of a whole patch, of its centre, or of many scales.
 
     Logits smaller than the label come from a network without padding: the label's centre counts.
@@ -166,14 +188,17 @@ def supervise(loss_fn, logits, label, valid):
     1; its label is the nearest voxel of the full one.
 
     Args:
-      loss_fn: (logits, label, valid=) -> [B].
+      loss_fn: (logits, label, valid=) -> [B]; it takes `space_axis` if that is given here.
       logits: [B, *S', C], or a tuple of such.
       label: [B, *S] integer.
       valid: [B, *S].
+      space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32.
     Reference: Lee et al. 2015; weights as in nnU-Net (Isensee et al. 2021).
     """
+    if space_axis is not None:
+        loss_fn = functools.partial(loss_fn, space_axis=space_axis)
     if not isinstance(logits, tuple):
         label, valid = (_centre(x, logits.shape[1:-1]) for x in (label, valid))
         return loss_fn(logits, label, valid=valid)
@@ -221,20 +246,20 @@ def _per_pixel(logits, label, valid):
     return jax.nn.log_softmax(logits), one_hot, valid
 
 
-def _cross_entropy(log_probs, one_hot, valid, class_weights):
+def _cross_entropy(log_probs, one_hot, valid, class_weights, space_axis):
     if class_weights is not None:
         valid *= _at_label(_class_vector(class_weights, "class_weights", one_hot), one_hot)
-    return _weighted_mean(-_at_label(log_probs, one_hot), valid)
+    return _weighted_mean(-_at_label(log_probs, one_hot), valid, space_axis)
 
 
-def _soft_dice(log_probs, one_hot, valid, include_background, eps):
-    tp, fp, fn = _soft_counts(log_probs, one_hot, valid, include_background)
+def _soft_dice(log_probs, one_hot, valid, include_background, eps, space_axis):
+    tp, fp, fn = _soft_counts(log_probs, one_hot, valid, include_background, space_axis)
     # 1 - (2 tp + eps) / (2 tp + fp + fn + eps) without the cancellation: never leaves [0, 1].
     wrong = fp + fn
     return jnp.mean(wrong / (2 * tp + wrong + eps), axis=-1)
 
 
-def _soft_counts(log_probs, one_hot, valid, include_background):
+def _soft_counts(log_probs, one_hot, valid, include_background, space_axis):
     """True positives, false positives and false negatives, [B, classes that count] each."""
     first = 0 if include_background else 1
     if log_probs.shape[-1] <= first:
@@ -247,7 +272,7 @@ def _soft_counts(log_probs, one_hot, valid, include_background):
     tp = jnp.sum(jnp.where(one_hot, probs, 0) * valid, axis=1)
     fp = jnp.sum(jnp.where(one_hot, 0, probs) * valid, axis=1)
     fn = jnp.sum(jnp.where(one_hot, 1 - probs, 0) * valid, axis=1)
-    return tp, fp, fn
+    return _over_parts((tp, fp, fn), space_axis)
 
 
 def _at_label(values, one_hot):
@@ -266,7 +291,13 @@ def _class_vector(values, name, one_hot):
     return vector
 
 
-def _weighted_mean(values, weight):
+def _weighted_mean(values, weight, space_axis):
     """Mean over pixels of values [B, N] with weight [B, N]: [B], 0 where all weights are 0."""
-    total = jnp.sum(weight, axis=1)
-    return jnp.sum(values * weight, axis=1) / jnp.where(total > 0, total, 1)
+    total = _over_parts(jnp.sum(weight, axis=1), space_axis)
+    weighted = _over_parts(jnp.sum(values * weight, axis=1), space_axis)
+    return weighted / jnp.where(total > 0, total, 1)
+
+
+def _over_parts(sums, space_axis):
+    """A part's sums, or those of the volume if it is cut over devices."""
+    return sums if space_axis is None else lax.psum(sums, space_axis)

@@ -1,6 +1,7 @@
 """Trains what a config describes: `python -m jaxseg.main --config=configs/unet.py`.
 
-Any field can be set on the command line: `--config.optim.learning_rate=1e-3`.
+Any field can be set on the command line: `--config.optim.learning_rate=1e-3`. With `--distributed`
+it is one of several processes that train together.
 """
 
 import os
@@ -13,31 +14,49 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
-import tensorflow as tf
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxseg import config as config_lib
+from jaxseg.checkpoint import CheckpointProblem
+from jaxseg.command import hide_accelerators
 from jaxseg.data.cases import DatasetProblems
 from jaxseg.data.splits import SplitProblem
 from jaxseg.optim import GroupProblem
+from jaxseg.ownership import OwnershipProblem
 from jaxseg.train import RunProblem, train
 from jaxseg.transfer import TransferProblem
 from jaxseg.weights import WeightsProblem
 
 # What a user can mend: shown without a traceback.
 EXPECTED = (
+    CheckpointProblem,
     config_lib.ConfigProblems,
     DatasetProblems,
     GroupProblem,
     OSError,
+    OwnershipProblem,
     RunProblem,
     SplitProblem,
     TransferProblem,
     WeightsProblem,
 )
 
+# A process that is not heard of for so long has died, and the others stop.
+HEARTBEAT_TIMEOUT_S = 30
+# The first process evaluates; the others wait for it.
+SHUTDOWN_TIMEOUT_S = 7 * 24 * 3600
+
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "this is one of several processes; JAX finds the others under Slurm, OpenMPI, GKE and on TPU "
+    "pods, and elsewhere by the next three",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of the first process")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
 def main(argv):
@@ -47,17 +66,51 @@ def main(argv):
     if _CONFIG.value is None:
         _exit("say which experiment: --config=configs/unet.py")
     logging.set_verbosity(logging.ERROR)
-    tf.config.set_visible_devices([], "GPU")  # they are JAX's
-    tf.config.set_visible_devices([], "TPU")
+    hide_accelerators()
     try:
         config_lib.validate(_CONFIG.value)
+        if _DISTRIBUTED.value:
+            join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         stopped_by = train(_CONFIG.value)
     except EXPECTED as error:
         _exit(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if not _DISTRIBUTED.value:
+            raise
+        _exit(
+            "another process of this run has died or can not be reached: "
+            f"{str(error).splitlines()[0]}. What was saved is kept; start all processes again, as "
+            "many as you like, and they go on from the last checkpoint",
+            status=3,
+        )
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", status=130)
     if stopped_by:
         sys.exit(128 + stopped_by)
+
+
+def join_processes(coordinator, num_processes, process_id):
+    """Makes this one of several processes, whose devices become one set.
+
+    Args:
+      coordinator: "host:port" of the first; None lets JAX ask Slurm, OpenMPI, GKE or the TPU pod.
+      num_processes, process_id: how many there are, and which this is; None likewise.
+    Raises:
+      RunProblem: there is no such environment, or the others do not come.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunProblem(
+            f"the processes could not be joined: {error}; where there is no Slurm, OpenMPI, GKE or "
+            "TPU pod, give --coordinator=HOST:PORT --num_processes=N --process_id=I to each"
+        ) from error
 
 
 def _parse_flags(argv):
@@ -91,7 +144,10 @@ def _problem_of(parse):
 
 
 def _exit(message, status=2):
-    print(f"jaxseg: {message}", file=sys.stderr)
+    print(f"jaxseg: {message}", file=sys.stderr, flush=True)
+    if _DISTRIBUTED.value:
+        sys.stdout.flush()
+        os._exit(status)  # not to wait for a farewell of others, who wait for this one
     sys.exit(status)
 
 

@@ -1,29 +1,121 @@
-"""Spreads a step over devices. The only file that names `pmap`."""
+"""Spreads a step over devices and processes. The only file that names `pmap`."""
 
 import collections
+import dataclasses
+import functools
 import itertools
+import math
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS_NAME = "batch"
+SPACE_AXIS = "space"
+MEMBER_AXIS = "member"
 
 
-def pmap_train_step(step):
-    """Maps (state, batch, key) -> (state, metrics) over all devices; reuses the old state's memory.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which device has which part of batch, members and space.
 
-    State, key and metrics are replicated; batch leaves are [devices, B per device, ...]. `step`
-    must have reduced whatever differs per device: `pmap` does not notice if it has not.
+    Attributes:
+      mesh: of all devices, with the axis "batch" and, where they can be used, "member" and "space".
+        All members and all parts of an image lie within one process.
+      has_members: whether leaves of state and batch have an axis of members.
     """
-    return jax.pmap(
-        step, axis_name=AXIS_NAME, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0
+
+    mesh: Mesh
+    has_members: bool = False
+
+    @property
+    def is_pmap(self):
+        return self.mesh.axis_names == (AXIS_NAME,)
+
+    @property
+    def state_spec(self):
+        """Of a leaf of the state: [...], or [M, ...]."""
+        split = self.has_members and not self.is_pmap
+        return PartitionSpec(MEMBER_AXIS) if split else PartitionSpec()
+
+    @property
+    def batch_spec(self):
+        """Of a leaf of a batch: [devices along "batch", (M,) B per device, X, ...]."""
+        if self.is_pmap:
+            return PartitionSpec(AXIS_NAME)
+        members = (MEMBER_AXIS,) if self.has_members else ()
+        return PartitionSpec(AXIS_NAME, *members, None, SPACE_AXIS)
+
+    @property
+    def num_batch_parts(self):
+        """Into how many parts devices split the batch."""
+        return self.mesh.shape[AXIS_NAME]
+
+
+def create_layout(mode="pmap", num_members=1, space=1):
+    """Decides who does what.
+
+    Args:
+      mode: "pmap", where devices share the batch alone, or "shard_map", where they share the
+        members of an ensemble and the images too.
+      num_members: as many devices take members of their own as divide that number.
+      space: devices that share an image along its first spatial axis.
+    Returns:
+      Layout.
+    Raises:
+      ValueError: `space` does not divide the devices of a process.
+    """
+    has_members = num_members > 1
+    devices = np.asarray(jax.devices())
+    if mode == "pmap":
+        return Layout(Mesh(devices, (AXIS_NAME,)), has_members)
+    num_local = jax.local_device_count()
+    if num_local % space:
+        raise ValueError(
+            f"{num_local} device(s) of a process can not share images by {space}: set "
+            "--config.parallel.space to a divisor"
+        )
+    members = math.gcd(num_members, num_local // space)
+    shape = (-1, members, space)
+    return Layout(Mesh(devices.reshape(shape), (AXIS_NAME, MEMBER_AXIS, SPACE_AXIS)), has_members)
+
+
+def map_train_step(step, layout):
+    """Maps (state, batch, key, learning_rate) -> (state, metrics) over all devices.
+
+    It reuses the old state's memory. State, key, learning rate and metrics are the same on all
+    devices that share a batch. `step` must have reduced whatever differs per device: neither
+    `pmap` nor `shard_map` notices if it has not.
+    """
+    if layout.is_pmap:
+        return jax.pmap(
+            step,
+            axis_name=AXIS_NAME,
+            in_axes=(None, 0, None, None),
+            out_axes=(None, None),
+            donate_argnums=0,
+        )
+    own = layout.state_spec
+    return _shard_mapped(step, layout, (own, layout.batch_spec, own, own), (own, own), donated=0)
+
+
+def map_eval_step(step, layout):
+    """Maps (state, batch) -> sums, the same on all devices that share a batch."""
+    if layout.is_pmap:
+        return jax.pmap(step, axis_name=AXIS_NAME, in_axes=(None, 0), out_axes=None)
+    own = layout.state_spec
+    return _shard_mapped(step, layout, (own, layout.batch_spec), own)
+
+
+def _shard_mapped(step, layout, in_specs, out_specs, donated=()):
+    def on_device(state, batch, *rest):
+        return step(state, jax.tree.map(lambda x: x[0], batch), *rest)
+
+    mapped = jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-
-
-def pmap_eval_step(step):
-    """Maps (state, batch) -> sums, replicated."""
-    return jax.pmap(step, axis_name=AXIS_NAME, in_axes=(None, 0), out_axes=None)
+    return jax.jit(mapped, donate_argnums=donated)
 
 
 def pmap_parts(function):
@@ -39,42 +131,73 @@ def pmap_parts(function):
     )
 
 
+def place(tree, layout):
+    """Places a state, or what else each member has, as the mapped steps return it."""
+    return jax.device_put(tree, NamedSharding(layout.mesh, layout.state_spec))
+
+
 def replicate(tree):
-    """Places a tree of arrays on every device, as the mapped steps return it."""
-    return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
+    """Places a tree of arrays on every device of this process."""
+    mesh = Mesh(np.asarray(jax.local_devices()), (AXIS_NAME,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(batch):
-    """Splits every leaf [B, ...] over the local devices: [devices, B per device, ...].
+def to_host(tree):
+    """A tree of arrays on devices as NumPy arrays, whole in every process."""
+
+    def fetch(x):
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        whole = np.empty(x.shape, x.dtype)
+        for shard in x.addressable_shards:  # each process has all members
+            whole[shard.index] = shard.data
+        return whole
+
+    return jax.tree.map(fetch, tree)
+
+
+def shard(batch, layout):
+    """Splits every leaf, [B, ...] or [M, B, ...], over the devices of this process.
 
     The copy to the devices has begun, not necessarily ended, when this returns.
 
     Raises:
-      ValueError: B is not divisible by the number of local devices.
+      ValueError: B is not divisible by the number of devices that share it.
     """
-    num_devices = jax.local_device_count()
-    sharding = NamedSharding(_mesh(), PartitionSpec(AXIS_NAME))
+    num_parts = layout.num_batch_parts // jax.process_count()
+    sharding = NamedSharding(layout.mesh, layout.batch_spec)
+    axis = 1 if layout.has_members else 0
 
-    def place(x):
-        if len(x) % num_devices:
+    def spread(x):
+        size = x.shape[axis]
+        if size % num_parts:
             raise ValueError(
-                f"a batch of {len(x)} can not be split over {num_devices} devices: "
-                f"set --config.train.batch_size to a multiple of {num_devices}"
+                f"a batch of {size} can not be split over {num_parts} devices: "
+                f"set --config.train.batch_size to a multiple of {num_parts}"
             )
-        parts = x.reshape(num_devices, -1, *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, parts)
+        parts = x.reshape(*x.shape[:axis], num_parts, -1, *x.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(sharding, np.moveaxis(parts, axis, 0))
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(spread, batch)
 
 
-def prefetch_to_device(batches, size=2):
+def prefetch_to_device(batches, layout, size=2):
     """Yields sharded batches; of the next ones, `size - 1` are already under way to the devices."""
     batches = iter(batches)
-    queue = collections.deque(shard(batch) for batch in itertools.islice(batches, size))
+    place_next = functools.partial(shard, layout=layout)
+    queue = collections.deque(place_next(batch) for batch in itertools.islice(batches, size))
     while queue:
         yield queue.popleft()
-        queue.extend(shard(batch) for batch in itertools.islice(batches, 1))
+        queue.extend(place_next(batch) for batch in itertools.islice(batches, 1))
 
 
-def _mesh():
-    return Mesh(np.asarray(jax.devices()), (AXIS_NAME,))
+def gather_from_processes(array):
+    """Stacks what every process has: [...] becomes [processes, ...] NumPy, in each of them."""
+    if jax.process_count() == 1:
+        return np.asarray(array)[np.newaxis]
+    return np.asarray(multihost_utils.process_allgather(array))
+
+
+def barrier(name):
+    """Waits until every process has come here."""
+    multihost_utils.sync_global_devices(name)

@@ -33,7 +33,7 @@ class Predictor:
       num_channels: of an image.
       steps: post-processing.
       recipe: `jaxseg.program.Recipe`.
-      variables: stacked weights of all runs, on the devices.
+      variables: stacked weights of all members of all runs, on the devices.
       segment_fn: from `jaxseg.program.create_segment_fn`.
       identity: SHA-256 of all that decides what is predicted.
     """
@@ -53,7 +53,8 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
     """Restores what runs left behind.
 
     Args:
-      workdirs: folders of finished runs; of several, the logits are averaged.
+      workdirs: folders of finished runs. Logits are averaged over all members of all runs; of a run
+        over learning rates, only the one that it chose is a member.
       mirror: whether to average over mirrored images too, along the axes that training mirrored.
       outputs: names of `jaxseg.maps.voxel_outputs`.
     Returns:
@@ -77,7 +78,11 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
                 f"{run['workdir']} was trained without mirroring, or along other axes: predict "
                 "without it too"
             )
-    _check_outputs(outputs, class_names, len(runs) * 2 ** len(mirror_axes))
+    variables = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves), *(run["variables"] for run in runs)
+    )
+    num_sets = len(jax.tree.leaves(variables)[0])
+    _check_outputs(outputs, class_names, num_sets * 2 ** len(mirror_axes))
     recipe = experiment.create_recipe(
         config,
         first["plan"],
@@ -87,7 +92,6 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
         outputs=tuple(outputs),
         temperature=float(np.exp(np.mean([np.log(r["finished"]["temperature"]) for r in runs]))),
     )
-    variables = jax.tree.map(lambda *leaves: np.stack(leaves), *(run["variables"] for run in runs))
     values = first["data"]["label_values"]
     steps = first["finished"]["postprocess"]["steps"]
     return Predictor(
@@ -101,6 +105,11 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
         segment_fn=program.create_segment_fn(recipe),
         identity=_identity(recipe, steps, variables),
     )
+
+
+def member_alone(variables, index):
+    """One of several sets of weights, leaves [M, ...], as an ensemble of one."""
+    return jax.tree.map(lambda x: x[index : index + 1], variables)
 
 
 def check_image(predictor, image, affine):
@@ -156,6 +165,9 @@ def _read_run(workdir):
         if not finished["temperature"] > 0:
             raise ValueError(f"its temperature is {finished['temperature']}")
         config = config_lib.from_json(texts["config"])
+        variables = checkpoint.load_variables(
+            os.path.join(workdir, "checkpoints"), finished["step"]
+        )
         return {
             "workdir": workdir,
             "config": config,
@@ -163,9 +175,7 @@ def _read_run(workdir):
             "plan": Plan.from_json(texts["plan"]),
             "data": data,
             "finished": finished,
-            "variables": checkpoint.load_variables(
-                os.path.join(workdir, "checkpoints"), finished["step"]
-            ),
+            "variables": _sets_of(variables, config, finished),
         }
     except FileNotFoundError as error:
         raise PredictorProblem(
@@ -174,6 +184,15 @@ def _read_run(workdir):
         ) from None
     except (KeyError, TypeError, ValueError) as error:  # ConfigProblems are ValueErrors
         raise PredictorProblem(f"{workdir} can not be read: {error!r}") from error
+
+
+def _sets_of(variables, config, finished):
+    """The weights that a run predicts with, leaves [E, ...]."""
+    if len(experiment.members_of(config)) == 1:
+        return jax.tree.map(lambda x: x[None], variables)
+    if experiment.kind_of_members(config) == "rates":
+        return member_alone(variables, finished["member"])
+    return variables
 
 
 def _read_text(workdir, name):
@@ -196,8 +215,8 @@ def _refuse_other_kind(first, other):
     if differing:
         raise PredictorProblem(
             f"{other['workdir']} differs from {first['workdir']} in {', '.join(differing)}: only "
-            "runs of one network and one preprocessing can be averaged (of CT, each fold has the "
-            "intensities of its own training cases)"
+            "runs of one network and one preprocessing can be averaged (of CT, each split has the "
+            "intensities of its own training cases; folds of one --config.split share them)"
         )
 
 
@@ -209,7 +228,7 @@ def _check_outputs(outputs, class_names, num_members):
     if num_members == 1 and "mutual_information" in outputs:
         raise PredictorProblem(
             "mutual_information says how far members of an ensemble disagree, and there is one; "
-            "predict with mirroring, or with several runs"
+            "predict with mirroring, or with several members or runs"
         )
     for name in outputs:
         class_name = name.partition(":")[2]

@@ -45,18 +45,47 @@ TABLES = {
     },
 }
 BOXES = (("Overlap", "dice"), ("Surface", "nsd"), ("Surface", "hd95"))
+CHOICES = (
+    "choices of the training were made by them, so a new hospital should expect less. Scores and "
+    "masks are those before post-processing, which these cases chose."
+)
 ABOUT_SET = {
     "test": "Held-out test subjects: nothing was trained on them or chosen by them.",
-    "val": (
-        "Held-out validation subjects: none of them was trained on, but choices of the training "
-        "were made by them, so a new hospital should expect less. Scores and masks are those "
-        "before post-processing, which these cases chose."
-    ),
+    "val": f"Held-out validation subjects: none of them was trained on, but {CHOICES}",
     "evaluation": (
         "Predictions from files compared with references; the files do not tell whether these "
         "subjects were held out."
     ),
 }
+CROSS_VALIDATED = (
+    "Cross-validated: each case was predicted by the member that was not trained on it, but "
+    f"{CHOICES}"
+)
+ABOUT_NETWORK = {
+    "seeds": "A prediction is the average of {num} networks that differ in their seed.",
+    "folds": "A prediction is the average of {num} networks, one of each fold.",
+    "rates": "The network has the best of {num} learning rates, by validation Dice.",
+}
+# By kind of members: what they differ in, and what their spread is worth.
+MEMBERS = {
+    "seeds": (
+        "seed",
+        "Each member alone, on the same subjects and with the same post-processing: the interval "
+        "is of the randomness of training alone, and says nothing about other subjects.",
+    ),
+    "folds": (
+        "fold",
+        "Each member alone, on the validation subjects of its fold, which it was not trained on, "
+        "before post-processing: the interval is of the randomness of training and of other "
+        "subjects too. It is rather too narrow, since folds share training subjects.",
+    ),
+    "rates": (
+        "learning rate",
+        "Each member alone, before post-processing. The choice was made on these very cases, so "
+        "the best figure is a little too good; these are no repetitions, so there is no interval.",
+    ),
+}
+MEMBER_CURVES = {"member_loss": "loss", "member_val_dice": "mean validation Dice (whole cases)"}
 COUNTED = (
     "A class that is absent from reference and prediction does not count; then n says how many "
     "cases do. Where only one of them is empty, distances are infinite: such cases are counted as "
@@ -95,6 +124,7 @@ class ReportContent:
       versions: dict from package to version.
       fingerprint: of the data, or "".
       flags: dict from case id to the reasons why it is unlike the training set.
+      members: dict of `finish.summarise_members`, or None for a single network.
       load_case: function from a case id to (image [X, Y, Z, C], label [X, Y, Z], prediction
         [X, Y, Z], spacing_mm [3]) in RAS+ axes, or for a picture (Z is 1) with rows along X,
         columns along Y and None as spacing; None shows no overlays.
@@ -110,6 +140,7 @@ class ReportContent:
     versions: dict = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
     flags: dict = dataclasses.field(default_factory=dict)
+    members: dict | None = None
     load_case: collections.abc.Callable | None = None
 
 
@@ -141,12 +172,31 @@ def write_report(folder, content):
     writers.write_text(os.path.join(folder, "report.md"), markdown)
 
 
+def describe_members(members):
+    """What the members of a run say, as a line for the terminal.
+
+    Args:
+      members: dict of `finish.summarise_members`.
+    """
+    name, rows = MEMBERS[members["kind"]][0], members["members"]
+    if "summary" in members:
+        found = _interval_cell(members["summary"]["dice"], 4)
+        return (
+            f"mean {members['set']} Dice of a member alone {found['mean']} (95 % interval "
+            f"{found['interval']}) over {len(rows)} {name}s"
+        )
+    shown = ", ".join(f"{_member_name(row, name)}: {_number(row['dice'], 4)}" for row in rows)
+    chosen = _member_name(rows[members["chosen"]], name)
+    return f"mean {members['set']} Dice of each {name}: {shown}; {chosen} is used"
+
+
 def _shared_values(content):
     """What both templates fill in."""
     order = _worst_first(content.scores)
     return {
         "content": content,
-        "about": ABOUT_SET[content.set_name],
+        "about": _about(content),
+        "members": _members(content.members),
         "class_names": content.scores["class_names"][1:],
         "counted": COUNTED,
         "tables": _tables(content.scores),
@@ -154,6 +204,50 @@ def _shared_values(content):
         "case_rows": [_case_row(content, case_id, dice) for case_id, dice in order],
         "decisions": [_decision_row(d, content.scores["class_names"]) for d in content.decisions],
     }
+
+
+def _about(content):
+    """What the scores are worth."""
+    members, of_set = content.members, ABOUT_SET[content.set_name]
+    if members is None:
+        return of_set
+    if (members["kind"], content.set_name) == ("folds", "val"):
+        return CROSS_VALIDATED
+    return f"{of_set} {ABOUT_NETWORK[members['kind']].format(num=len(members['members']))}"
+
+
+def _members(members):
+    """Table of the members: its note, heading, rows (cells, whether chosen) and summary cells."""
+    if members is None:
+        return None
+    name, note = MEMBERS[members["kind"]]
+    rows = []
+    for index, row in enumerate(members["members"]):
+        dice = [_number(value, 3) for value in (row["dice"], *row["dice_by_class"])]
+        cells = [index, _member_name(row, name), row["num_cases"], *dice]
+        rows.append((cells, index == members["chosen"]))
+    summary = members.get("summary", {})
+    found = [summary["dice"], *summary["dice_by_class"]] if summary else []
+    return {
+        "set": members["set"],
+        "name": name,
+        "note": note,
+        "rows": rows,
+        "summary": [_interval_cell(value, 3) for value in found],
+    }
+
+
+def _member_name(row, name):
+    value = row[name.replace(" ", "_")]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _interval_cell(found, digits):
+    """Texts of what `statistics.t_interval` found."""
+    mean, sd, low, high = (
+        _number(value, digits) for value in (found["mean"], found["sd"], *found["interval"])
+    )
+    return {"mean": f"{mean} ± {sd}", "interval": f"{low} to {high}", "num": found["num"]}
 
 
 def _worst_first(scores):
@@ -252,7 +346,25 @@ def _charts(content):
             values = [case[score][1:] for case in content.scores["cases"].values()]
             names = content.scores["class_names"][1:]
             boxes.append(plots.svg_of(plots.draw_boxes, values, names, title))
-    return {"curves": curves, "boxes": boxes}
+    return {"curves": curves, "boxes": boxes, "members": _member_charts(content)}
+
+
+def _member_charts(content):
+    """SVG elements: learning curves with a line per member."""
+    if content.members is None:
+        return []
+    name = MEMBERS[content.members["kind"]][0]
+    labels = [f"{name} {_member_name(row, name)}" for row in content.members["members"]]
+    charts = []
+    for key, title in MEMBER_CURVES.items():
+        rows = [
+            {"step": row["step"]} | dict(zip(labels, row[key], strict=True))
+            for row in content.curves
+            if row.get(key) is not None
+        ]
+        if rows:
+            charts.append(plots.svg_of(plots.draw_curves, rows, labels, title))
+    return charts
 
 
 def _calibration_chart(calibration):

@@ -1,4 +1,4 @@
-"""What a number of cases allows to say: bootstrap intervals, and two models on the same cases."""
+"""What a number of cases or of trainings allows to say: intervals, and two models compared."""
 
 import numpy as np
 from scipy import stats
@@ -19,6 +19,29 @@ def bootstrap_interval(values, seed=0):
     Reference: Efron 1979, doi:10.1214/aos/1176344552.
     """
     return _interval(_resampled_means(_finite(values), seed))
+
+
+def t_interval(values):
+    """Mean over repeated trainings with its 95 % interval by Student's t.
+
+    For few values that are spread about normally, as scores of trainings are: of 3 a bootstrap
+    would see but 10 different means. mean ± t(0.975; n - 1) sd / √n.
+
+    Args:
+      values: One score per training, [N]; those that are not finite are left out.
+    Returns:
+      Dict of "mean", "sd" (of a sample, ddof=1), "interval" (low, high), floats, and "num" (int);
+      NaN for the mean of none, for sd and interval of fewer than 2.
+    Reference: Student 1908, doi:10.2307/2331554.
+    """
+    values = _finite(values)
+    num = values.size
+    mean = float(values.mean()) if num else float("nan")
+    sd = half = float("nan")
+    if num > 1:
+        sd = float(values.std(ddof=1))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, num - 1)) * sd / num**0.5
+    return {"mean": mean, "sd": sd, "interval": (mean - half, mean + half), "num": num}
 
 
 def paired_bootstrap(a, b, seed=0):

@@ -6,6 +6,8 @@ and then over `axis_name`, numerator and denominator apart, so that the result d
 how examples were spread. An example with no valid voxel is a filler and counts for nothing.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,87 +16,221 @@ from jax import lax
 from jaxseg.losses import supervise
 
 
-def train_step(state, batch, key, *, model, loss_fn, tx, axis_name=None, accumulate_steps=1):
+def train_step(
+    state,
+    batch,
+    key,
+    learning_rate=1.0,
+    *,
+    model,
+    loss_fn,
+    tx,
+    axis_name=None,
+    space_axis=None,
+    accumulate_steps=1,
+    virtual_shards=0,
+):
     """One optimiser update.
 
     Args:
       state: TrainState, the same on all devices.
-      batch: this device's examples; B must be divisible by `accumulate_steps`.
+      batch: this device's examples; B must be divisible by `accumulate_steps`, and by this device's
+        share of `virtual_shards`.
       key: the run's PRNG key; the step is folded in here.
-      model: flax.linen module with the same `axis_name`.
+      learning_rate: factor of the updates that `tx` makes.
+      model: flax.linen module with the same `axis_name` and `space_axis`; with `virtual_shards`,
+        without.
       loss_fn: (logits, label, valid=) -> [B].
       tx: optax.GradientTransformation.
-      axis_name: device axis, None on a single device.
+      axis_name: axis of the devices that share the batch, None on a single one.
+      space_axis: axis of the devices that share each image, along its first spatial axis, or None.
       accumulate_steps: parts whose gradients are summed one after the other, to save memory.
+      virtual_shards: parts of the global batch whose gradients are computed one by one and summed
+        in one order, so that 1, 2, 4 ... devices give the same bits; a power of two, 0 for none.
     Returns:
-      (state, metrics): metrics hold scalars "loss" and "grad_norm", the same on all devices.
+      (state, metrics): metrics hold scalars, the same on all devices: "loss" and "grad_norm", and
+      uint32 sums of bits, "batch_checksum" and "params_checksum" (after the update).
     """
     key = jax.random.fold_in(key, state.step)
+    axes = tuple(axis for axis in (axis_name, space_axis) if axis is not None)
 
-    def summed_loss(params, batch_stats, part, index):
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            part["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": jax.random.fold_in(key, index)},
+    def sums(batch_stats, part, index):
+        """Of one part: gradients, loss, number of examples; and the statistics after it."""
+
+        def summed_loss(params):
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                part["image"],
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(key, index)},
+            )
+            total, count = _sum_over_examples(loss_fn, logits, part, space_axis)
+            return total, (count, updated.get("batch_stats", batch_stats))
+
+        (total, (count, batch_stats_after)), grads = jax.value_and_grad(summed_loss, has_aux=True)(
+            state.params
         )
-        total, count = _sum_over_examples(loss_fn, logits, part)
-        return total, (count, updated.get("batch_stats", batch_stats))
+        return (grads, total, count), batch_stats_after
 
-    def accumulate(carry, indexed_part):
-        grads, total, count, batch_stats = carry
-        index, part = indexed_part
-        (part_total, (part_count, batch_stats)), part_grads = jax.value_and_grad(
-            summed_loss, has_aux=True
-        )(state.params, batch_stats, part, index)
-        grads = jax.tree.map(jnp.add, grads, part_grads)
-        return (grads, total + part_total, count + part_count, batch_stats), None
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    carry = (zeros, jnp.zeros(()), jnp.zeros(()), state.batch_stats)
-    if accumulate_steps == 1:
-        carry, _ = accumulate(carry, (0, batch))
+    if virtual_shards:
+        totals = _in_one_order(
+            lambda part, index: sums(state.batch_stats, part, index)[0],
+            batch,
+            virtual_shards,
+            axis_name,
+        )
+        batch_stats = state.batch_stats
     else:
-        # Every n-th example, so that a part holds the same ones however devices share the batch.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch
+        totals, batch_stats = _one_after_the_other(sums, state, batch, accumulate_steps)
+        totals = _psum(totals, axes)
+
+    def update(totals, batch_stats):
+        grads, total, count = totals
+        count = jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda grad: grad / count, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda update: learning_rate * update, updates)
+        new_state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
         )
-        carry, _ = lax.scan(accumulate, carry, (jnp.arange(accumulate_steps), parts))
-    grads, total, count, batch_stats = carry
+        return new_state, total / count, optax.tree.norm(grads)
 
-    grads, total, count = _psum((grads, total, count), axis_name)
-    count = jnp.maximum(count, 1)
-    grads = jax.tree.map(lambda grad: grad / count, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new_state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
-    return new_state, {"loss": total / count, "grad_norm": optax.tree.norm(grads)}
+    if virtual_shards:
+        update = functools.partial(_compiled_apart, update)
+    new_state, loss, grad_norm = update(totals, batch_stats)
+    return new_state, {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "batch_checksum": _psum(checksum(batch), axes),
+        "params_checksum": checksum(new_state.params),
+    }
 
 
-def eval_step(state, batch, *, model, loss_fn, axis_name=None):
+def eval_step(state, batch, *, model, loss_fn, axis_name=None, space_axis=None):
     """The loss of the batch, without dropout and with running statistics.
 
     Args:
-      state, batch, model, loss_fn, axis_name: as for `train_step`.
+      state, batch, model, loss_fn, axis_name, space_axis: as for `train_step`.
     Returns:
       Dict of scalars "loss" and "count": the sum over examples of all devices, and their number.
     """
+    axes = tuple(axis for axis in (axis_name, space_axis) if axis is not None)
     logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch["image"])
-    total, count = _sum_over_examples(loss_fn, logits, batch)
-    return dict(zip(("loss", "count"), _psum((total, count), axis_name), strict=True))
+    sums = _sum_over_examples(loss_fn, logits, batch, space_axis)
+    return dict(zip(("loss", "count"), _psum(sums, axes), strict=True))
 
 
-def _sum_over_examples(loss_fn, logits, batch):
+def over_members(step, by):
+    """A step of every member of an ensemble, from arguments that all have a leading axis of them.
+
+    Args:
+      step: as above, of one member.
+      by: "map" computes one member after the other, "vmap" all in one sweep.
+    """
+    if by == "vmap":
+        return jax.vmap(step)
+    return lambda *arguments: lax.map(lambda one: step(*one), arguments)
+
+
+def checksum(tree):
+    """Sum modulo 2^32 of the bits of all leaves, of four bytes per number, as uint32."""
+    words = (lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in jax.tree.leaves(tree))
+    return sum(jnp.sum(word, dtype=jnp.uint32) for word in words)
+
+
+def _one_after_the_other(sums, state, batch, num_parts):
+    """Sums over parts of this device's batch, each of which sees the statistics of those before."""
+    if num_parts == 1:
+        return sums(state.batch_stats, batch, 0)
+    # Every n-th example, so that a part holds the same ones however devices share the batch.
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(carry, indexed_part):
+        totals, batch_stats = carry
+        index, part = indexed_part
+        more, batch_stats = sums(batch_stats, part, index)
+        return (jax.tree.map(jnp.add, totals, more), batch_stats), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
+    carry, _ = lax.scan(add, (zeros, state.batch_stats), (jnp.arange(num_parts), parts))
+    return carry
+
+
+def _in_one_order(sums, batch, num_shards, axis_name):
+    """Sums over virtual shards as a tree: 0 + 1, 2 + 3 ..., then (0 + 1) + (2 + 3) and so on.
+
+    Each device adds up its own branch; above it, partners exchange what they have and both add.
+    """
+    num_devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    num_local = num_shards // num_devices
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * num_local
+    shards = jax.tree.map(lambda x: x.reshape(num_local, -1, *x.shape[1:]), batch)
+
+    def shard_sums(index):
+        shard = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), shards)
+        return sums(shard, first + index)
+
+    def put(index, stacked):
+        return jax.tree.map(
+            lambda all_shards, one: lax.dynamic_update_index_in_dim(all_shards, one, index, 0),
+            stacked,
+            shard_sums(index),
+        )
+
+    shapes = jax.eval_shape(shard_sums, 0)
+    empty = jax.tree.map(lambda x: jnp.zeros((num_local, *x.shape), x.dtype), shapes)
+    totals = lax.fori_loop(0, _unknown(num_local), put, empty)
+    while num_local > 1:
+        totals = jax.tree.map(lambda x: x[0::2] + x[1::2], totals)
+        num_local //= 2
+    totals = jax.tree.map(lambda x: x[0], totals)
+
+    distance = 1
+    while distance < num_devices:
+        partners = [(device, device ^ distance) for device in range(num_devices)]
+        exchange = functools.partial(lax.ppermute, axis_name=axis_name, perm=partners)
+        totals = jax.tree.map(lambda x, exchange=exchange: x + exchange(x), totals)
+        distance *= 2
+    return totals
+
+
+def _compiled_apart(function, *arguments):
+    """The function's result, rounded alike whatever the program around it."""
+    empty = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments)
+    )
+
+    def body(turn, _):
+        # As if they depended on the turn: what does not is computed before the loop.
+        return function(*lax.optimization_barrier((turn, arguments))[1])
+
+    return lax.fori_loop(0, _unknown(1), body, empty)
+
+
+def _unknown(number):
+    """A number of turns that is hidden from the compiler.
+
+    It would merge a single turn of a loop with what is around it, and then round otherwise.
+    """
+    return lax.optimization_barrier(number)
+
+
+def _sum_over_examples(loss_fn, logits, batch, space_axis):
+    """The loss, and the number of examples; of images that devices share, each has its share."""
     spatial_axes = tuple(range(1, batch["valid"].ndim))
-    counts = (batch["valid"] > 0).any(spatial_axes).astype(jnp.float32)
-    loss = supervise(loss_fn, logits, batch["label"], batch["valid"])
-    return jnp.sum(jnp.where(counts > 0, loss, 0.0)), counts.sum()
+    counts = (batch["valid"] > 0).any(spatial_axes)
+    sharers = 1
+    if space_axis is not None:
+        sharers = lax.axis_size(space_axis)
+        counts = lax.pmax(counts.astype(jnp.float32), space_axis) > 0
+    loss = supervise(loss_fn, logits, batch["label"], batch["valid"], space_axis)
+    total = jnp.sum(jnp.where(counts, loss, 0.0)) / sharers
+    return total, counts.astype(jnp.float32).sum() / sharers
 
 
-def _psum(tree, axis_name):
-    return tree if axis_name is None else lax.psum(tree, axis_name)
+def _psum(tree, axes):
+    return lax.psum(tree, axes) if axes else tree

@@ -3,20 +3,20 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
 import threading
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from jaxseg import checkpoint, experiment, finish, metrics, parallel, program, writers
+from jaxseg import checkpoint, experiment, finish, identity, metrics, parallel, program, writers
 from jaxseg import config as config_lib
 from jaxseg.data import pipeline, splits
 from jaxseg.data.volumes import read_image, read_label
 from jaxseg.models.summary import summarise_model
-from jaxseg.train_state import create_train_state
+from jaxseg.ownership import owning
 
 
 class RunProblem(RuntimeError):
@@ -30,25 +30,30 @@ class Run:
     Attributes:
       config: validated ConfigDict.
       workdir: absolute path of the run's folder.
+      members: of `jaxseg.experiment.members_of`.
       data: `jaxseg.experiment.Data`.
-      manager: checkpoints.
-      log: RunLog.
-      train_step, eval_step: mapped over the devices.
+      log: RunLog, or SilentLog in all processes but the first.
+      layout: of `jaxseg.experiment.create_layout`.
+      train_step, eval_step: mapped over members and devices.
+      keys, learning_rates: what the training step takes besides, on the devices.
       segment_fn: of `jaxseg.program.create_segment_fn`, for "label" and "sample".
       recipe: that it was made from.
-      val_batches: validation patches, on the devices.
+      manager: checkpoints; None when nothing is saved.
     """
 
     config: object
     workdir: str
+    members: tuple[experiment.Member, ...]
     data: experiment.Data
-    manager: object
     log: writers.RunLog
+    layout: parallel.Layout
     train_step: object
     eval_step: object
+    keys: object
+    learning_rates: object
     segment_fn: object
     recipe: program.Recipe
-    val_batches: list
+    manager: object = None
 
 
 def train(config):
@@ -60,35 +65,45 @@ def train(config):
       None when the run is complete, or the number of the signal that stopped it after it had saved.
     Raises:
       RunProblem: the folder holds another experiment, or the loss is not finite.
-      ConfigProblems: the network can not take such a patch.
+      OwnershipProblem: another process works in the folder.
+      CheckpointProblem: none of the saved checkpoints is whole, or one can not be written.
+      ConfigProblems: the network can not take such a patch, or the devices not such a layout.
       GroupProblem: a pattern of `optim.groups` matches nothing.
       WeightsProblem, TransferProblem: the weights to start from can not be used.
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
-    check_batch_size(config)
-    margin = experiment.margin_of(config)
+    check_batch_size(config, experiment.create_layout(config))
+    experiment.margin_of(config)
     workdir = experiment.workdir_of(config)
     checkpoints = os.path.join(workdir, "checkpoints")
     if not os.path.exists(checkpoints):
         experiment.check_initial_weights(config)
     os.makedirs(workdir, exist_ok=True)
-    manager = checkpoint.open_checkpoints(checkpoints, keep=config.train.keep_checkpoints)
-    first_step = manager.latest_step() or 0
-    try:
-        if first_step:
-            refuse_another_experiment(workdir, config)
-        with contextlib.closing(writers.RunLog(workdir, first_step)) as log:
-            return _train(config, workdir, manager, first_step, margin, log)
-    finally:
-        checkpoint.close_checkpoints(manager)
+    is_first = jax.process_index() == 0
+    with owning(workdir) if is_first else contextlib.nullcontext():
+        manager = checkpoint.open_checkpoints(checkpoints, keep=config.train.keep_checkpoints)
+        try:
+            if manager.latest_step() is not None:
+                refuse_another_experiment(workdir, config)
+            log = writers.RunLog(workdir) if is_first else writers.SilentLog()
+            with contextlib.closing(log):
+                return _train(config, workdir, manager, log)
+        finally:
+            checkpoint.close_checkpoints(manager)
 
 
-def check_batch_size(config):
+def check_batch_size(config, layout):
     """Raises RunProblem if the devices can not share the batch."""
-    parts = jax.device_count() * config.optim.accumulate_steps
+    num_parts, virtual_shards = layout.num_batch_parts, config.parallel.virtual_shards
+    if virtual_shards and (virtual_shards % num_parts or num_parts & (num_parts - 1)):
+        raise RunProblem(
+            f"parallel.virtual_shards {virtual_shards} can not be shared by {num_parts} device(s): "
+            "use a power of two of each, no more devices than shards"
+        )
+    parts = num_parts * config.optim.accumulate_steps
     if config.train.batch_size % parts:
         raise RunProblem(
-            f"train.batch_size {config.train.batch_size} can not be shared by {jax.device_count()} "
+            f"train.batch_size {config.train.batch_size} can not be shared by {num_parts} "
             f"device(s) x {config.optim.accumulate_steps} accumulation step(s); use a multiple of "
             f"{parts}"
         )
@@ -121,7 +136,7 @@ def describe_data(data):
             "modalities": data.dataset.modalities,
             "num_channels": data.num_channels,
             "fingerprint": data.fingerprint,
-            "split": data.split,
+            "split": data.split if len(data.splits) == 1 else data.splits,
         }
     )
 
@@ -134,109 +149,171 @@ def _another_run(workdir, changes):
     )
 
 
-def _train(config, workdir, manager, first_step, margin, log):
+def _train(config, workdir, manager, log):
     data = experiment.load_data(config, log)
-    if first_step:
+    is_new = manager.latest_step() is None
+    if not is_new:
         refuse_other_data(workdir, data)
-    else:
+    elif jax.process_index() == 0:
         writers.write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
         writers.write_text(os.path.join(workdir, "plan.json"), data.plan.to_json())
         writers.write_text(os.path.join(workdir, "data.json"), json.dumps(describe_data(data)))
-        splits.save_split(os.path.join(workdir, "split.json"), data.split)
+        splits.save_split(os.path.join(workdir, "split.json"), describe_data(data)["split"])
 
-    image_shape = (*config.data.patch_size, data.num_channels)
-    model = experiment.create_model_for(config, data.num_classes)
-    tx = experiment.create_tx(config)
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    state = create_train_state(model, tx, init_key, image_shape)
-    if config.init.checkpoint and not first_step:
-        state = experiment.load_initial_weights(config, state, log)
-    state = parallel.replicate(state)
-
-    counts = ", ".join(f"{len(case_ids)} {name}" for name, case_ids in data.split.items())
-    log.text(summarise_model(model, image_shape))
-    log.text(
-        f"{counts} cases; {jax.device_count()} {jax.default_backend()} device(s); "
-        f"results in {workdir}"
-    )
-    if first_step:
-        state = checkpoint.restore(manager, first_step, state)
+    run, state = create_run(config, data, log, fresh=is_new)
+    run = dataclasses.replace(run, workdir=workdir, manager=manager)
+    first_step = 0
+    if not is_new:
+        first_step, state = checkpoint.restore_latest(manager, state, log_text=log.text)
         log.text(f"resuming at step {first_step}")
-
-    train_step, eval_step = experiment.create_steps(config, model, tx)
-    recipe = experiment.create_recipe(
-        config, data.plan, data.dataset.class_names, margin, outputs=("label", "sample")
-    )
-    run = Run(
-        config=config,
-        workdir=workdir,
-        data=data,
-        manager=manager,
-        log=log,
-        train_step=train_step,
-        eval_step=eval_step,
-        segment_fn=program.create_segment_fn(recipe),
-        recipe=recipe,
-        val_batches=validation_batches(config, data, margin),
-    )
-    with stop_signals() as stop:
-        state = fit(run, state, first_step, parallel.replicate(step_key), stop)
-    if stop.signal:
-        return stop.signal
-    finish.finish(run, state)
+    log.start_at(first_step)
+    if jax.process_index() == 0:
+        identity.record(
+            workdir, first_step, identity.describe(config_lib.to_json(config), data.fingerprint)
+        )
+    with stop_requests() as stop_at:
+        state, stopped_by = fit(run, state, first_step, stop_at)
+    if stopped_by:
+        return stopped_by
+    state = parallel.to_host(state_to_evaluate(run, state))
+    if jax.process_index() == 0:
+        finish.finish(run, state)
     return None
 
 
-def pipeline_options(config, data, margin):
-    """What training and validation patches have in common."""
-    return {
-        "seed": config.seed,
-        "batch_size": config.train.batch_size,
-        "patch_size": tuple(config.data.patch_size),
-        "num_channels": data.num_channels,
-        "foreground_fraction": config.data.foreground_fraction,
-        "margin": margin,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+def create_run(config, data, log, *, fresh):
+    """Makes all that training needs, but a folder to write to.
+
+    Args:
+      config: validated ConfigDict.
+      data: `jaxseg.experiment.Data`.
+      log: RunLog.
+      fresh: whether the run begins, perhaps from the weights that `init.checkpoint` names.
+    Returns:
+      (run, state): Run, and TrainState on the devices.
+    """
+    image_shape = (*config.data.patch_size, data.num_channels)
+    layout = experiment.create_layout(config)
+    model = experiment.create_model_for(config, data.num_classes)
+    tx = experiment.create_tx(config)
+    state, keys, learning_rates = (
+        parallel.place(tree, layout)
+        for tree in experiment.create_members(
+            config, model, tx, image_shape, log if fresh else None
+        )
+    )
+    log.text(summarise_model(model, image_shape))
+    counts = ", ".join(f"{len(case_ids)} {name}" for name, case_ids in data.split.items())
+    members = experiment.members_of(config)
+    several = f"{len(members)} members; " if len(members) > 1 else ""
+    log.text(
+        f"{several}{counts} cases; {jax.device_count()} {jax.default_backend()} device(s) of "
+        f"{jax.process_count()} process(es); results in {experiment.workdir_of(config)}"
+    )
+    train_step, eval_step = experiment.create_steps(config, model, tx, layout)
+    recipe = experiment.create_recipe(
+        config,
+        data.plan,
+        data.dataset.class_names,
+        experiment.margin_of(config),
+        outputs=("label", "sample"),
+    )
+    run = Run(
+        config=config,
+        workdir="",
+        members=members,
+        data=data,
+        log=log,
+        layout=layout,
+        train_step=train_step,
+        eval_step=eval_step,
+        keys=keys,
+        learning_rates=learning_rates,
+        segment_fn=program.create_segment_fn(recipe),
+        recipe=recipe,
+    )
+    return run, state
 
 
-def validation_batches(config, data, margin):
+def training_batches(run, first_step, num_steps):
+    """This process's part of the batches of all members, on the host.
+
+    Leaves have a leading axis of members where there are several. Members with the same seed and
+    split share what is read and augmented.
+    """
+    return _member_batches(run, "train", first_step, num_steps, run.config.augment.to_dict())
+
+
+def validation_batches(run):
     """Patches drawn as for training but not augmented, about four of each validation case.
 
     They are the same at every evaluation, so that their loss can be compared.
     """
-    augment = config.augment.to_dict()
-    batches = pipeline.train_batches(
-        data.store,
-        data.split["val"],
-        start_step=0,
-        num_steps=-(-4 * len(data.split["val"]) // config.train.batch_size),
-        augment_params={name: params | {"prob": 0.0} for name, params in augment.items()},
-        **pipeline_options(config, data, margin),
-    )
-    return [parallel.shard(batch) for batch in batches]
+    most = max(len(split["val"]) for split in run.data.splits)
+    num_steps = -(-4 * most // run.config.train.batch_size)
+    augment = run.config.augment.to_dict()
+    nothing = {name: options | {"prob": 0.0} for name, options in augment.items()}
+    return _member_batches(run, "val", 0, num_steps, nothing)
+
+
+def _member_batches(run, set_name, first_step, num_steps, augment_params):
+    config, streams = run.config, {}
+    for member, split in zip(run.members, run.data.splits, strict=True):
+        if (member.seed, member.fold) not in streams:
+            streams[member.seed, member.fold] = pipeline.train_batches(
+                run.data.store,
+                split[set_name],
+                seed=member.seed,
+                start_step=first_step,
+                num_steps=num_steps,
+                batch_size=config.train.batch_size,
+                patch_size=tuple(config.data.patch_size),
+                num_channels=run.data.num_channels,
+                foreground_fraction=config.data.foreground_fraction,
+                augment_params=augment_params,
+                margin=run.recipe.margin,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+    if not run.layout.has_members:
+        yield from streams[run.members[0].seed, run.members[0].fold]
+        return
+    for batches in zip(*streams.values(), strict=True):
+        batch_of = dict(zip(streams, batches, strict=True))
+        of_members = [batch_of[member.seed, member.fold] for member in run.members]
+        yield jax.tree.map(lambda *leaves: np.stack(leaves), *of_members)
 
 
 class StopRequest:
-    """Set by the first SIGTERM or Ctrl-C; `signal` is its number, 0 before."""
+    """Set by the first SIGTERM or Ctrl-C; calling it with a step gives the signal's number or 0."""
 
     signal = 0
 
-    def __call__(self, number, frame):
+    def __call__(self, step):
+        return self.signal
+
+    def set(self, number, frame):
         self.signal = number
         signal.signal(number, signal.default_int_handler)  # a second one does not wait
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """Turns SIGTERM and Ctrl-C into a request to stop after the current step."""
+def stop_requests():
+    """Turns SIGTERM and Ctrl-C into a request to stop after the current step.
+
+    Yields:
+      Function from a step to the number of the signal because of which to stop there, or 0. Of
+      several processes, which must agree on the step, it is JAX that hears SIGTERM.
+    """
+    if jax.process_count() > 1:
+        yield lambda step: signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
+        return
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # Python delivers signals to the main thread alone
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = [signal.signal(number, stop) for number in numbers]
+    previous = [signal.signal(number, stop.set) for number in numbers]
     try:
         yield stop
     finally:
@@ -244,42 +321,49 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def fit(run, state, first_step, key, stop):
-    """Trains from `first_step` to the last step, or until `stop` is set; saves on the way.
+def fit(run, state, first_step, stop_at):
+    """Trains from `first_step` to the last step, or until asked to stop; saves on the way.
 
+    Args:
+      run: Run.
+      state: TrainState on the devices; its memory is reused.
+      first_step: number of updates done.
+      stop_at: of `stop_requests`.
     Returns:
-      The last TrainState, which has been saved.
+      (state, signal): the last TrainState, which has been saved, and what stopped it, or 0.
     Raises:
       RunProblem: a loss was not finite; what was saved before is kept.
+      CheckpointProblem: a checkpoint could not be written; those before are kept.
     """
     config, log = run.config, run.log
-    num_steps, batch_size = config.train.num_steps, config.train.batch_size
-    batches = pipeline.train_batches(
-        run.data.store,
-        run.data.split["train"],
-        start_step=first_step,
-        num_steps=num_steps,
-        augment_params=config.augment.to_dict(),
-        **pipeline_options(config, run.data, run.recipe.margin),
-    )
+    num_steps = config.train.num_steps
+    val_batches = [parallel.shard(batch, run.layout) for batch in validation_batches(run)]
+    batches = training_batches(run, first_step, num_steps)
+    batch_size = config.train.batch_size * len(run.members)
     progress = writers.StepProgress(log, first_step, num_steps, batch_size)
+    stopping = 0
     pending = []  # metrics still on the device: fetching them every step would stall it
-    for step, batch in enumerate(parallel.prefetch_to_device(batches), start=first_step + 1):
-        state, metrics = run.train_step(state, batch, key)
-        pending.append(metrics)
+    prefetched = parallel.prefetch_to_device(batches, run.layout)
+    for step, batch in enumerate(prefetched, start=first_step + 1):
+        state, step_metrics = run.train_step(state, batch, run.keys, run.learning_rates)
+        pending.append(step_metrics)
         progress.advance()
 
-        stopping = stop.signal  # read once: it may be set at any moment
+        stopping = stop_at(step)  # asked once: the answer may change at any moment
         evaluate_now = step == num_steps or step % config.train.eval_every == 0
         save_now = stopping or evaluate_now or step % config.train.checkpoint_every == 0
         if save_now or step % config.train.log_every == 0:
-            means = mean_metrics(pending, step)
+            values = jax.device_get(pending)
             pending = []
+            first = step - len(values) + 1
+            log.trace([writers.trace_row(n, row) for n, row in enumerate(values, start=first)])
+            means = mean_metrics(values, step)
             means["images_per_s"] = progress.report(step, means)
             log.scalars(step, means)
         if evaluate_now:
-            scores = validate(run, state)
-            log.text(f"step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in scores.items()))
+            scores = validate(run, state, val_batches)
+            shown = "  ".join(f"{n} {v:.4f}" for n, v in scores.items() if np.ndim(v) == 0)
+            log.text(f"step {step}: {shown}")
             log.scalars(step, scores)
         if save_now:
             save(run, step, state, scores if evaluate_now else None)
@@ -289,46 +373,95 @@ def fit(run, state, first_step, key, stop):
             log.text(f"{name}: saved at step {step}; run the same command to go on")
             break
     progress.close()
-    return state
+    return state, stopping
 
 
-def mean_metrics(pending, last_step):
-    """Means over steps of metrics that are on the device.
+def replay(config, log, num_steps):
+    """Trains from the beginning, and writes nothing.
 
     Args:
-      pending: one dict of scalars per step; the last is of `last_step`.
+      config: validated ConfigDict.
+      log: where to say what is done.
+      num_steps: steps to do.
+    Yields:
+      The row of `jaxseg.writers.trace_row` of each step.
+    """
+    data = experiment.load_data(config, log)
+    run, state = create_run(config, data, log, fresh=True)
+    batches = training_batches(run, 0, num_steps)
+    for step, batch in enumerate(parallel.prefetch_to_device(batches, run.layout), start=1):
+        state, step_metrics = run.train_step(state, batch, run.keys, run.learning_rates)
+        yield writers.trace_row(step, jax.device_get(step_metrics))
+
+
+def mean_metrics(values, last_step):
+    """Means over steps, and over members; of several members also each one's loss.
+
+    Args:
+      values: metrics of one step after the other, on the host; the last is of `last_step`.
       last_step: number of the last step.
     Raises:
       RunProblem: the loss or the gradient of a step was not finite.
     """
-    values = jax.device_get(pending)
     for step, row in enumerate(values, start=last_step - len(values) + 1):
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+        if not (np.isfinite(row["loss"]).all() and np.isfinite(row["grad_norm"]).all()):
             raise RunProblem(
                 f"the loss of step {step} is {row['loss']}, its gradient's norm "
                 f"{row['grad_norm']}: the last checkpoint before it is kept. "
                 "Lower --config.optim.learning_rate, or set --config.optim.clip_norm, in a new "
                 "--config.workdir"
             )
-    names = ("loss", "grad_norm")
-    return {name: float(np.mean([row[name] for row in values])) for name in names}
+    means = {name: float(np.mean([v[name] for v in values])) for name in ("loss", "grad_norm")}
+    if np.ndim(values[0]["loss"]):
+        means["member_loss"] = np.mean([row["loss"] for row in values], axis=0).tolist()
+    return means
 
 
-def validate(run, state):
-    """Mean loss over validation patches, and mean Dice over whole cases on their own grid."""
-    sums = jax.device_get([run.eval_step(state, batch) for batch in run.val_batches])
-    variables = finish.members_of(state)
-    dice = []
-    for case in run.data.cases_of("val"):
-        image, affine = read_image(case.image_path)
-        label, _ = read_label(case.label_path, run.data.dataset.label_values)
+def validate(run, state, val_batches):
+    """Mean loss over validation patches, and mean Dice over whole cases on their own grid.
+
+    Of several members these are means too, or of learning rates those of the best; each one's are
+    in "member_val_loss" and "member_val_dice". Processes share the cases.
+
+    Args:
+      run: Run.
+      state: TrainState on the devices.
+      val_batches: of `validation_batches`, on the devices.
+    """
+    sums = [parallel.to_host(run.eval_step(state, batch)) for batch in val_batches]
+    loss = sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)
+    num_members = len(run.members)
+    variables = parallel.replicate(finish.members_of(parallel.to_host(state), num_members))
+    dice = [
+        validation_dice(run, jax.tree.map(lambda x, m=member: x[m : m + 1], variables), member)
+        for member in range(num_members)
+    ]
+    if num_members == 1:
+        return {"val_loss": float(loss), "val_dice": dice[0]}
+    best_of = experiment.kind_of_members(run.config) == "rates"
+    losses = np.asarray(loss, float).tolist()
+    return {
+        "val_loss": float(min(losses) if best_of else np.mean(losses)),
+        "val_dice": float(np.nanmax(dice) if best_of else np.mean(dice)),
+        "member_val_loss": losses,
+        "member_val_dice": dice,
+    }
+
+
+def validation_dice(run, variables, member):
+    """Mean Dice of a member, weights as for `run.segment_fn`, over its whole validation cases."""
+    cases = run.data.cases_of("val", member)
+    rank, num_processes = jax.process_index(), jax.process_count()
+    dice = np.full((len(cases), run.data.num_classes), np.nan)
+    for index in range(rank, len(cases), num_processes):
+        image, affine = read_image(cases[index].image_path)
+        label, _ = read_label(cases[index].label_path, run.data.dataset.label_values)
         prediction = run.segment_fn(variables, image, affine)["label"]
         counts = metrics.confusion_counts(prediction, label, run.data.num_classes)
-        dice.append(metrics.scores_from_counts(counts))
-    return {
-        "val_loss": float(sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)),
-        "val_dice": metrics.mean_dice(dice),
-    }
+        dice[index] = metrics.scores_from_counts(counts)["dice"]
+    everywhere = parallel.gather_from_processes(dice)
+    owners = np.arange(len(cases)) % num_processes
+    return metrics.mean_dice({"dice": row} for row in everywhere[owners, np.arange(len(cases))])
 
 
 def save(run, step, state, scores):
@@ -340,5 +473,17 @@ def save(run, step, state, scores):
         config_json=config_lib.to_json(run.config),
         plan_json=run.data.plan.to_json(),
         data=describe_data(run.data),
-        metrics=scores,
+        metrics=scores and {name: value for name, value in scores.items() if np.ndim(value) == 0},
     )
+
+
+def state_to_evaluate(run, state):
+    """The last state or, if test cases will judge it, the one with the best validation Dice."""
+    best_step = run.manager.best_step()
+    if not run.data.split["test"] or best_step == run.config.train.num_steps:
+        return state
+    try:
+        return checkpoint.restore(run.manager, best_step, state)
+    except checkpoint.CheckpointProblem as problem:
+        run.log.text(f"{problem}; the last step is evaluated in its place")
+        return state

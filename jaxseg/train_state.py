@@ -24,20 +24,27 @@ class TrainState:
     opt_state: Any
 
 
-def create_train_state(model, tx, key, image_shape):
-    """Initial state, a pure function of `key`.
+def create_train_states(model, tx, keys, image_shape):
+    """Initial states, each a pure function of its key.
 
     Args:
       model: flax.linen module.
       tx: optax.GradientTransformation.
-      key: typed PRNG key.
+      keys: typed PRNG keys.
       image_shape: shape of one training image, (*S, C).
+    Returns:
+      List of TrainState.
     """
-    variables = jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(params),
-    )
+    init = jax.jit(model.init)
+
+    def create(key):
+        variables = init(key, jnp.zeros((1, *image_shape)))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(params),
+        )
+
+    return [create(key) for key in keys]

@@ -1,10 +1,12 @@
 """Reads trained weights: files in torch's names, and runs of ours. Nothing is downloaded."""
 
+import json
 import os
 import pickle
 import re
 import shlex
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -31,16 +33,19 @@ def read_weights(path):
       path: a `.safetensors` or `.npz` file, or one that torch saved (`.pt`, `.pth`, `.bin`; needs
         torch), with a `state_dict` whose names `transfer.from_torch` knows; or the folder of a
         jaxseg run or of its checkpoints, of which the best step by validation is read, or the last
-        if none was validated. Nothing in a file is ever executed.
+        if none was validated; of a run with several members `FOLDER/memberN` is the Nth of them,
+        from 0. Nothing in a file is ever executed.
     Returns:
       {"params": {path: array}, "batch_stats": {path: array}}, float32, for `transfer.adapt`.
     Raises:
       WeightsProblem: the file is missing (the message says what to fetch), damaged, of another
-        format, holds objects that are not arrays, or values that are not finite.
+        format, holds objects that are not arrays, or values that are not finite; a run has several
+        members and none is named, or has not the one that is.
       TransferProblem: as `transfer.from_torch`.
     """
-    if os.path.isdir(path):
-        source = _read_run(path)
+    folder, member = _split_member(path)
+    if os.path.isdir(folder):
+        source = _read_run(folder, member)
     elif os.path.exists(path):
         source = transfer.from_torch(_read_file(path))
     else:
@@ -55,17 +60,51 @@ def read_weights(path):
     return source
 
 
-def _read_run(folder):
+def _split_member(path):
+    """(folder, N) of `FOLDER/memberN`, else (path, None)."""
+    folder, name = os.path.split(path.rstrip(os.sep))
+    found = re.fullmatch(r"member(\d+)", name)
+    return (folder, int(found[1])) if found and not os.path.exists(path) else (path, None)
+
+
+def _read_run(folder, member):
     inner = os.path.join(folder, "checkpoints")
     directory = os.path.abspath(inner if os.path.isdir(inner) else folder)
     try:
+        num_members = _num_members(os.path.dirname(directory))
         variables = checkpoint.load_variables(directory)
-        return {name: flatten_dict(tree, sep="/") for name, tree in variables.items()}
     except Exception as error:  # a damaged checkpoint fails in as many ways as there are files
         raise WeightsProblem(
             f"{folder} is no folder of a jaxseg run with a readable checkpoint: "
             f"{_first_line(error)}"
         ) from error
+    _check_member(folder, num_members, member)
+    if member is not None:
+        variables = jax.tree.map(lambda x: x[member], variables)
+    return {name: flatten_dict(tree, sep="/") for name, tree in variables.items()}
+
+
+def _num_members(workdir):
+    """How many members a run trained together; 0 for a single network."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        return 0
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    ensemble = config.get("ensemble", {"size": 1, "folds": 0})  # older runs have none
+    rates = config["optim"]["learning_rate"]
+    num = max(ensemble["size"], ensemble["folds"], len(rates) if isinstance(rates, list) else 1)
+    return num if num > 1 else 0
+
+
+def _check_member(folder, num_members, member):
+    if num_members == 0 and member is not None:
+        raise WeightsProblem(f"{folder} holds a single network, no member{member}: give {folder}")
+    if num_members > 0 and member not in range(num_members):
+        raise WeightsProblem(
+            f"{folder} holds {num_members} members, and a network starts from one of them: give "
+            f"{folder}/member0 to {folder}/member{num_members - 1}"
+        )
 
 
 def _read_file(path):

@@ -3,16 +3,19 @@
 import contextlib
 import csv
 import importlib.util
+import io
 import json
 import math
 import os
 import sys
 import time
 
+import numpy as np
 from tqdm import tqdm
 
 LOG_NAME = "train.log"
 METRICS_NAME = "metrics.jsonl"
+TRACE_NAME = "trace.jsonl"
 
 
 class RunLog:
@@ -20,23 +23,27 @@ class RunLog:
 
     Args:
       workdir: existing folder.
-      first_step: step the run goes on from; numbers of later steps, written before an interruption,
-        are dropped, since those steps are about to be done again.
     """
 
-    def __init__(self, workdir, first_step=0):
-        metrics_path = os.path.join(workdir, METRICS_NAME)
-        if os.path.exists(metrics_path):
-            kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
-            write_text(metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, workdir):
+        self._workdir = workdir
         self._text = open(os.path.join(workdir, LOG_NAME), "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = self._trace = io.StringIO()
         self._tensorboard = None
         if importlib.util.find_spec("tensorboard"):
             import tensorflow as tf  # takes seconds, which commands that do not train are spared
 
             self._summary = tf.summary
             self._tensorboard = tf.summary.create_file_writer(os.path.join(workdir, "tensorboard"))
+
+    def start_at(self, first_step):
+        """Opens the files of numbers, and says from which step on they will come.
+
+        Those of later steps, written before an interruption, are dropped: these steps are about to
+        be done again.
+        """
+        self._metrics = _open_rows(os.path.join(self._workdir, METRICS_NAME), first_step)
+        self._trace = _open_rows(os.path.join(self._workdir, TRACE_NAME), first_step)
 
     def text(self, line):
         """Shows a line on the terminal and appends it, with the time, to the log file."""
@@ -45,14 +52,22 @@ class RunLog:
         self._text.flush()
 
     def scalars(self, step, values):
-        """Appends a row of numbers to the metrics file; a non-finite number becomes null."""
+        """Appends a row of numbers to the metrics file; a non-finite number becomes null.
+
+        Lists of numbers, one of each member, are not shown in TensorBoard.
+        """
         row = {"step": step} | json_ready(values)
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         if self._tensorboard is not None:
             with self._tensorboard.as_default():
-                for name, value in values.items():
+                for name, value in _scalars(values).items():
                     self._summary.scalar(name, value, step)
+
+    def trace(self, rows):
+        """Appends rows of `trace_row` to the trace file."""
+        self._trace.writelines(json.dumps(row) + "\n" for row in rows)
+        self._trace.flush()
 
     def progress(self, items, title):
         """Wraps an iterable: a bar on a terminal, a line at the end in the log."""
@@ -66,8 +81,31 @@ class RunLog:
     def close(self):
         self._text.close()
         self._metrics.close()
+        self._trace.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class SilentLog:
+    """A RunLog that says and writes nothing: of all processes of a run only the first speaks."""
+
+    def start_at(self, first_step):
+        pass
+
+    def text(self, line):
+        pass
+
+    def scalars(self, step, values):
+        pass
+
+    def trace(self, rows):
+        pass
+
+    def progress(self, items, title):
+        return iter(items)
+
+    def close(self):
+        pass
 
 
 class StepProgress:
@@ -92,7 +130,7 @@ class StepProgress:
         seconds_per_step = (now - then) / max(step - last_step, 1)
         images_per_s = self._batch_size / max(seconds_per_step, 1e-9)
         eta_s = seconds_per_step * (self._num_steps - step)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in _scalars(values).items())
         self._log.text(
             f"step {step}/{self._num_steps}  {shown}  {images_per_s:.1f} images/s  "
             f"ETA {tqdm.format_interval(eta_s)}"
@@ -137,7 +175,55 @@ def write_json(path, content):
 
 def read_metrics(workdir):
     """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut."""
-    with open(os.path.join(workdir, METRICS_NAME), encoding="utf-8") as file:
+    return _read_rows(os.path.join(workdir, METRICS_NAME))
+
+
+def read_trace(workdir):
+    """Returns the rows of a run's trace file as dicts, without a last line that a crash cut."""
+    return _read_rows(os.path.join(workdir, TRACE_NAME))
+
+
+def trace_row(step, metrics):
+    """What a step did, to the bit, JSON-ready.
+
+    Args:
+      step: its number.
+      metrics: of `jaxseg.steps.train_step`, on the host: "batch_checksum" and "params_checksum"
+        uint32, "loss" and "grad_norm" float32; scalars, or [M] of as many members.
+    Returns:
+      {"step": int, "batch": 8 hexadecimal digits, "params": the same, "loss": text of
+      `float.hex`, "grad_norm": the same}; of several members lists of these.
+    """
+    return {
+        "step": int(step),
+        "batch": _each("{:08x}".format, metrics["batch_checksum"]),
+        "params": _each("{:08x}".format, metrics["params_checksum"]),
+        "loss": _each(float.hex, metrics["loss"]),
+        "grad_norm": _each(float.hex, metrics["grad_norm"]),
+    }
+
+
+def _each(text_of, numbers):
+    numbers = np.asarray(numbers)
+    if numbers.ndim:
+        return [text_of(number) for number in numbers.tolist()]
+    return text_of(numbers.item())
+
+
+def _scalars(values):
+    return {name: value for name, value in values.items() if np.ndim(value) == 0}
+
+
+def _open_rows(path, first_step):
+    """Opens a file of rows to append to, without those of later steps."""
+    if os.path.exists(path):
+        kept = [row for row in _read_rows(path) if row["step"] <= first_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def _read_rows(path):
+    with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 

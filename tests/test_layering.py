@@ -40,6 +40,8 @@ LAYERS = {
     "checkpoint": 3,
     "weights": 3,
     "command": 3,
+    "identity": 3,
+    "ownership": 3,
     "writers": 3,
     "plots": 3,
     "report": 3,
@@ -49,6 +51,7 @@ LAYERS = {
     "finish": 4,
     "predict": 4,
     "predictor": 4,
+    "reproduce": 4,
     "train": 4,
     "main": 5,
 }

@@ -307,6 +307,22 @@ def test_nothing_to_see_is_no_reason_to_fail(tmp_path):
     assert page.all_of("input", type="range")[2]["data-slices"].split(",")[-1] == "60"
 
 
+def members_of(kind, chosen=None, **changes):
+    """As `finish.summarise_members` has them, of two members and two classes."""
+    rows = [
+        {"seed": 3, "fold": 0, "learning_rate": 0.01, "num_cases": 2, "dice": 0.75},
+        {"seed": 4, "fold": 1, "learning_rate": 0.001, "num_cases": 5, "dice": 0.85},
+    ]
+    for row, dice in zip(rows, ([0.7, None], [0.8, 0.9]), strict=True):
+        row["dice_by_class"] = dice
+    found = {"mean": 0.8, "sd": 0.0707107, "interval": [0.1646898, 1.4353102], "num": 2}
+    alone = {"mean": 0.9, "sd": None, "interval": [None, None], "num": 1}
+    members = {"kind": kind, "set": "test", "chosen": chosen, "members": rows}
+    if chosen is None:
+        members["summary"] = {"dice": found, "dice_by_class": [found, alone]}
+    return members | changes
+
+
 def full_content(name, case_id):
     """Everything a report can hold, with one text in every place that takes any."""
     label = np.ones((4, 4, 4), np.uint8)
@@ -317,7 +333,11 @@ def full_content(name, case_id):
     return content_of(
         title=name,
         scores=scores_of([(case_id, 0.7), ("b", 0.8)], ["background", name, "tumour"]),
-        curves=[{"step": 1, "loss": 0.5}, {"step": 2, "val_loss": 0.4, "val_dice": 0.7}],
+        curves=[
+            {"step": 1, "loss": 0.5, "member_loss": [0.4, 0.6]},
+            {"step": 2, "val_loss": 0.4, "val_dice": 0.7, "member_val_dice": [0.7, None]},
+        ],
+        members=members_of("seeds"),
         calibration={
             **{"set": "test", "num_voxels": 12345, "temperature": 1.25},
             **{"ece_before": 0.1234, "ece_after": 0.0456, "nll_before": 0.9, "nll_after": 0.8},
@@ -360,7 +380,7 @@ def test_a_name_can_not_change_the_page(full_report):
     for (_, attributes), (_, others) in zip(hostile.elements, plain.elements, strict=True):
         assert attributes.keys() == others.keys()
     assert [text.replace(HOSTILE, "plain") for text in hostile.texts] == plain.texts
-    assert sum(HOSTILE in text for text in hostile.texts) == 12
+    assert sum(HOSTILE in text for text in hostile.texts) == 13
     assert {tag for tag, _ in hostile.drawn_elements} == {tag for tag, _ in plain.drawn_elements}
     assert HOSTILE[:23] + "…" in hostile.drawn_texts
 
@@ -406,6 +426,80 @@ def test_all_that_is_known_is_reported(full_report):
     assert {"keep largest", "tumour; together", "plain, tumour; min_volume_mm3 10"} <= set(texts)
     assert any("temperature of 1.250" in text and "12,345 voxels" in text for text in texts)
     assert {"loss", "mean validation Dice (whole cases)", "calibration"} <= set(drawn)
+
+
+@pytest.mark.parametrize("kind", ["seeds", "folds"])
+def test_members_have_rows_and_an_interval_of_their_spread(tmp_path, kind):
+    page, markdown = write(tmp_path, members=members_of(kind))
+    name, first, second, words = {
+        "seeds": ("seed", 3, 4, "says nothing about other subjects"),
+        "folds": ("fold", 0, 1, "too narrow, since folds share training subjects"),
+    }[kind]
+    assert f"| member | {name} | cases | mean | liver | tumour |" in markdown
+    assert f"| 0 | {first} | 2 | 0.750 | 0.700 | – |\n" in markdown
+    assert f"| 1 | {second} | 5 | 0.850 | 0.800 | 0.900 |\n" in markdown
+    interval = "0.800 ± 0.071 (0.165 to 1.435; n = 2)"
+    assert f"Student's t) | | | {interval} | {interval} | 0.900 ± – (– to –; n = 1) |" in markdown
+    texts = Page(page).texts
+    start = texts.index("Members")
+    assert texts[start + 8 : start + 14] == ["0", str(first), "2", "0.750", "0.700", "–"]
+    assert texts.count("0.800 ± 0.071") == texts.count("0.165 to 1.435") == 2
+    assert words in markdown and words in " ".join(texts)
+    assert "(used)" not in page + markdown
+
+
+def test_of_learning_rates_the_one_that_is_used_is_marked(tmp_path):
+    page, markdown = write(tmp_path, members=members_of("rates", chosen=1))
+    assert "| 0 | 0.01 | 2 | 0.750 |" in markdown
+    assert "| 1 (used) | 0.001 | 5 | 0.850 |" in markdown
+    assert "1 (used)" in Page(page).texts
+    assert "Student" not in page + markdown
+    for text in (" ".join(Page(page).texts), markdown):
+        assert "choice was made on these very cases" in text
+        assert "The network has the best of 2 learning rates" in text
+
+
+def test_each_member_has_a_learning_curve(full_report):
+    drawn = Page(full_report("plain")[0]).drawn_texts
+    assert drawn.count("seed 3") == 2 and drawn.count("seed 4") == 1  # it has no validation Dice
+
+
+@pytest.mark.parametrize(
+    ("kind", "set_name", "words"),
+    [
+        (
+            "seeds",
+            "test",
+            "Held-out test subjects: nothing was trained on them or chosen by them. A",
+        ),
+        ("seeds", "val", "is the average of 2 networks that differ in their seed"),
+        ("folds", "test", "A prediction is the average of 2 networks, one of each fold"),
+        ("folds", "val", "Cross-validated: each case was predicted by the member that was not"),
+    ],
+)
+def test_it_says_which_networks_made_the_predictions(tmp_path, kind, set_name, words):
+    page, markdown = write(tmp_path, set_name=set_name, members=members_of(kind))
+    assert words in markdown and words in " ".join(Page(page).texts)
+    is_pooled = (kind, set_name) == ("folds", "val")
+    assert is_pooled == ("none of them was trained on" not in markdown and set_name == "val")
+
+
+@pytest.mark.parametrize(
+    ("members", "line"),
+    [
+        (
+            members_of("folds"),
+            "mean test Dice of a member alone 0.8000 ± 0.0707 (95 % interval 0.1647 to 1.4353) "
+            "over 2 folds",
+        ),
+        (
+            members_of("rates", chosen=0, set="val"),
+            "mean val Dice of each learning rate: 0.01: 0.7500, 0.001: 0.8500; 0.01 is used",
+        ),
+    ],
+)
+def test_members_in_one_line(members, line):
+    assert report.describe_members(members) == line
 
 
 def test_what_is_not_known_has_no_section(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from jaxseg import statistics
-from jaxseg.statistics import bootstrap_interval, paired_bootstrap, wilcoxon
+from jaxseg.statistics import bootstrap_interval, paired_bootstrap, t_interval, wilcoxon
 
 nan, inf = math.nan, math.inf
 
@@ -62,6 +62,36 @@ def test_resampling_depends_on_the_seed_alone(monkeypatch):
     assert bootstrap_interval(values, seed=7) == first != bootstrap_interval(values, seed=8)
     monkeypatch.setattr(statistics, "_BLOCK_VALUES", 1000)  # 33 resamples at once
     np.testing.assert_allclose(bootstrap_interval(values, seed=7), first, rtol=1e-12)
+
+
+def test_t_interval_by_hand():
+    found = t_interval([0.7, 0.8, 0.9])  # sd 0.1, and t is 4.3027 with 2 degrees of freedom
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert found["mean"] == pytest.approx(0.8) and found["sd"] == pytest.approx(0.1)
+    assert found["interval"] == pytest.approx((0.8 - half, 0.8 + half), abs=1e-7)
+    assert found["num"] == 3
+
+
+def test_t_interval_agrees_with_scipy():
+    values = np.random.default_rng(0).normal(0.8, 0.05, 5)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(t_interval(values)["interval"], expected, rtol=1e-12)
+
+
+def test_t_interval_covers_the_true_mean_of_few_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    intervals = (t_interval(rng.normal(5, 2, 3))["interval"] for _ in range(2000))
+    share = np.mean([low <= 5 <= high for low, high in intervals])
+    assert share == pytest.approx(0.95, abs=0.015)  # a bootstrap of 3 covers about 0.7
+
+
+@pytest.mark.parametrize("extra", [nan, inf])
+def test_t_interval_counts_what_is_finite(extra):
+    assert t_interval([0.5, extra, 0.75]) == t_interval([0.5, 0.75])
+    alone = t_interval([extra, 0.5])
+    assert (alone["mean"], alone["num"]) == (0.5, 1)
+    assert np.isnan([alone["sd"], *alone["interval"]]).all()
+    assert np.isnan(t_interval([extra])["mean"])
 
 
 def test_paired_bootstrap_is_that_of_all_resamples():

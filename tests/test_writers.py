@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from jaxseg import writers
-from jaxseg.writers import RunLog, StepProgress, json_ready, read_metrics, replacing
+from jaxseg.writers import (
+    RunLog,
+    SilentLog,
+    StepProgress,
+    json_ready,
+    read_metrics,
+    read_trace,
+    replacing,
+)
 
 
 @pytest.fixture
@@ -15,7 +23,8 @@ def open_log(tmp_path):
     logs = []
 
     def open_log(first_step=0):
-        logs.append(RunLog(str(tmp_path), first_step))
+        logs.append(RunLog(str(tmp_path)))
+        logs[-1].start_at(first_step)
         return logs[-1]
 
     yield open_log
@@ -71,6 +80,84 @@ def test_resuming_drops_the_steps_about_to_be_done_again(open_log, tmp_path):
     assert read_metrics(tmp_path) == []
 
 
+TRACED = {"batch": "000000ff", "params": "deadbeef", "loss": "0x1.0p+0", "grad_norm": "0x0.0p+0"}
+
+
+def test_a_row_of_the_trace_holds_every_bit():
+    metrics = {
+        "batch_checksum": np.uint32(255),
+        "params_checksum": np.uint32(2**32 - 1),
+        "loss": np.float32(0.1),
+        "grad_norm": np.float32("inf"),
+    }
+    row = writers.trace_row(np.int32(7), metrics)
+    assert row == {
+        "step": 7,
+        "batch": "000000ff",
+        "params": "ffffffff",
+        "loss": "0x1.99999a0000000p-4",  # 0.1 as float32
+        "grad_norm": "inf",
+    }
+    assert json.loads(json.dumps(row)) == row
+    assert np.float32(float.fromhex(row["loss"])) == np.float32(0.1)
+    metrics["loss"] = np.nextafter(np.float32(0.1), np.float32(1))
+    assert writers.trace_row(7, metrics)["loss"] != row["loss"]
+
+
+def test_a_row_of_the_trace_lists_the_members():
+    metrics = {
+        "batch_checksum": np.array([1, 2, 2**31], np.uint32),
+        "params_checksum": np.array([10, 11, 12], np.uint32),
+        "loss": np.array([0.5, 1, -2], np.float32),
+        "grad_norm": np.array([0, np.nan, 1], np.float32),
+    }
+    assert writers.trace_row(1, metrics) == {
+        "step": 1,
+        "batch": ["00000001", "00000002", "80000000"],
+        "params": ["0000000a", "0000000b", "0000000c"],
+        "loss": ["0x1.0000000000000p-1", "0x1.0000000000000p+0", "-0x1.0000000000000p+1"],
+        "grad_norm": ["0x0.0p+0", "nan", "0x1.0000000000000p+0"],
+    }
+    one = {name: values[:1] for name, values in metrics.items()}
+    assert writers.trace_row(1, one)["batch"] == ["00000001"]
+
+
+def test_the_trace_is_appended_at_once_and_goes_on_where_the_run_does(open_log, tmp_path):
+    log = open_log()
+    log.trace([{"step": step} | TRACED for step in (1, 2, 3)])
+    assert read_trace(tmp_path) == [{"step": step} | TRACED for step in (1, 2, 3)]  # not closed yet
+    log.trace([])
+    log.trace([{"step": 4} | TRACED])
+    log.close()
+    with open(tmp_path / writers.TRACE_NAME, "a") as file:
+        file.write('{"step": 5, "ba')  # cut by a crash
+    assert [row["step"] for row in read_trace(tmp_path)] == [1, 2, 3, 4]
+    log = open_log(first_step=3)
+    assert [row["step"] for row in read_trace(tmp_path)] == [1, 2, 3]
+    log.trace([{"step": 4} | TRACED | {"loss": "0x0.0p+0"}])
+    assert [row["step"] for row in read_trace(tmp_path)] == [1, 2, 3, 4]
+    assert read_trace(tmp_path)[3]["loss"] == "0x0.0p+0"
+    open_log(first_step=0)
+    assert read_trace(tmp_path) == []
+
+
+def test_a_silent_log_has_what_a_log_has_and_says_nothing(tmp_path, capsys, monkeypatch):
+    def public(cls):
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    assert public(SilentLog) == public(RunLog)
+    monkeypatch.chdir(tmp_path)
+    log = SilentLog()
+    log.start_at(3)
+    log.text("a")
+    log.scalars(1, {"loss": 1.0})
+    log.trace([{"step": 1} | TRACED])
+    assert list(log.progress(iter("abc"), title="cases")) == ["a", "b", "c"]
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
 def test_text_goes_to_the_terminal_and_with_the_time_to_the_file(open_log, tmp_path, capsys):
     log = open_log()
     log.text("Dice 0.9 ± 0.1")
@@ -119,6 +206,30 @@ def test_rate_and_time_to_go_by_hand(clock):
     assert progress.report(120, {}) == pytest.approx(16.0)  # since the last report, not the start
     assert log.lines[1].endswith("ETA 00:40")
     progress.close()
+
+
+def test_numbers_of_members_are_kept_but_not_shown(open_log, clock, tmp_path, capsys):
+    log = open_log()
+    progress = StepProgress(log, first_step=0, num_steps=10, batch_size=8)
+    clock[0] += 1
+    values = {"loss": 0.5, "member_loss": [0.25, 0.75]}
+    progress.report(1, values)
+    log.scalars(1, values)
+    progress.close()
+    assert capsys.readouterr().out == "step 1/10  loss 0.5000  8.0 images/s  ETA 00:09\n"
+    assert read_metrics(tmp_path) == [{"step": 1} | values]
+
+
+def test_before_a_run_knows_where_it_starts_no_number_is_touched(open_log, tmp_path):
+    log = open_log()
+    log.scalars(1, {"loss": 1.0})
+    log.trace([{"step": 1} | TRACED])
+    log.close()
+    log = RunLog(str(tmp_path))
+    log.text("the data can not be read")
+    log.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+    assert read_trace(tmp_path) == [{"step": 1} | TRACED]
 
 
 def test_what_is_not_training_does_not_lower_the_rate(clock):

@@ -108,14 +108,16 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=
         voxel = voxels[rng.integers(len(voxels))]
     else:
         voxel = rng.integers(shape)
-    image, label, weight = case.image, case.label, case.weight
-    if len(patch_size) == 2:
-        image, label = image[:, :, voxel[2]], label[:, :, voxel[2]]
-        weight = weight if weight is None else weight[:, :, voxel[2]]
+    # A slice is a box of one voxel across.
+    across = (slice(voxel[2], voxel[2] + 1),) if len(patch_size) == 2 else ()
+
+    def read(array, box):
+        values = array[*box, *across]
+        return values[:, :, 0] if across else values
 
     inside, target, spans = [], [], []
     for axis, (patch, width) in enumerate(zip(patch_size, region, strict=True)):
-        centre, size, edge = voxel[axis], label.shape[axis], margin[axis] if margin else 0
+        centre, size, edge = voxel[axis], shape[axis], margin[axis] if margin else 0
         window = patch - 2 * edge
         window_start = (
             np.clip(centre - window // 2, 0, size - window)
@@ -130,13 +132,14 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=
     inside, target = tuple(inside), tuple(target)
 
     if any(margin):
-        places = (mirrored(np.arange(start, stop), size) for start, stop, size in spans)
-        region_image = image[np.ix_(*places)]
+        places = [mirrored(np.arange(start, stop), size) for start, stop, size in spans]
+        seen = read(case.image, [slice(p.min(), p.max() + 1) for p in places])
+        region_image = seen[np.ix_(*(p - p.min() for p in places))]
     else:
-        region_image = np.zeros((*region, image.shape[-1]), np.float32)
-        region_image[target] = image[inside]
+        region_image = np.zeros((*region, case.image.shape[-1]), np.float32)
+        region_image[target] = read(case.image, inside)
     region_label = np.zeros(region, np.int32)
     region_valid = np.zeros(region, np.float32)
-    region_label[target] = label[inside]
-    region_valid[target] = 1 if weight is None else weight[inside]
+    region_label[target] = read(case.label, inside)
+    region_valid[target] = 1 if case.weight is None else read(case.weight, inside)
     return region_image, region_label, region_valid

@@ -62,6 +62,12 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
     return _checked(split, case_ids, subject_of, source=path)
 
 
+def lists_folds(path):
+    """Whether a file that `split_from_file` reads lists folds."""
+    with open(path, encoding="utf-8") as file:
+        return isinstance(json.load(file), list)
+
+
 def split_by_subject(
     case_ids,
     *,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxseg.models import formulations
+from jaxseg.models import formulations, halo
 
 ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu}
 NORMS = ("instance", "batch", "group", "none")
@@ -49,7 +49,8 @@ class Conv(nn.Module):
     """Convolution with a kernel [*K, C, F] and a bias [F].
 
     "same" pads (K - 1) // 2 zeros in front and K // 2 behind, also when it strides, as torch and
-    nnU-Net do: the size becomes ceil(S / strides). "valid" pads nothing.
+    nnU-Net do: the size becomes ceil(S / strides). "valid" pads nothing. With `space_axis`, the
+    device axis over which volumes are cut, "same" pads the first axis from the neighbours' parts.
     """
 
     features: int
@@ -59,10 +60,12 @@ class Conv(nn.Module):
     use_bias: bool = True
     kernel_init: object = he_normal
     dtype: jnp.dtype = jnp.float32
+    space_axis: str | None = None
 
     @nn.compact
     def __call__(self, x):
         rank = x.ndim - 2
+        strides = per_axis(self.strides, rank)
         size = per_axis(self.kernel_size, rank)
         kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1], self.features))
         same = self.padding == "same"
@@ -73,7 +76,10 @@ class Conv(nn.Module):
                 f"convolution {'x'.join(map(str, size))}: give a larger image or fewer resolutions"
             )
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        x = formulations.convolve(x, kernel, per_axis(self.strides, rank), padding)
+        if self.space_axis is not None:
+            x = halo.pad_from_neighbours(x, size[0], strides[0], self.space_axis)
+            padding = ((0, 0), *padding[1:])
+        x = formulations.convolve(x, kernel, strides, padding)
         if self.use_bias:
             x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return x
@@ -104,11 +110,13 @@ class Norm(nn.Module):
       kind: "instance" (Ulyanov et al. 2016), "batch" (Ioffe and Szegedy 2015; running mean and
         biased variance with momentum 0.9), "group" (8 channels each; Wu and He 2018) or "none".
       axis_name: device axis, so that batch statistics are those of the whole batch.
+      space_axis: device axis over which volumes are cut, so that statistics are of whole ones.
       frozen: use the running statistics of "batch" also while training, and keep them.
     """
 
     kind: str
     axis_name: str | None = None
+    space_axis: str | None = None
     frozen: bool = False
 
     @nn.compact
@@ -118,12 +126,12 @@ class Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         if self.kind == "instance":
-            return formulations.instance_norm(x, scale, bias, EPS)
+            return formulations.instance_norm(x, scale, bias, EPS, self.space_axis)
         x32 = x.astype(jnp.float32)
         if self.kind == "group":
             groups = x32.reshape(*x.shape[:-1], -1, CHANNELS_PER_GROUP)
             axes = (*range(1, x.ndim - 1), x.ndim)
-            mean, var = _moments(groups, axes)
+            mean, var = _moments(groups, axes, self.space_axis)
             x32 = ((groups - mean) * lax.rsqrt(var + EPS)).reshape(x.shape)
             return (x32 * scale + bias).astype(x.dtype)
         mean, var = self._batch_statistics(x32, train)
@@ -134,7 +142,7 @@ class Norm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
         if not train or self.frozen:
             return running_mean.value, running_var.value
-        mean, var = _moments(x, tuple(range(x.ndim - 1)), self.axis_name)
+        mean, var = _moments(x, tuple(range(x.ndim - 1)), self.axis_name, self.space_axis)
         mean, var = mean.reshape(-1), var.reshape(-1)
         if not self.is_initializing():
             running_mean.value = 0.9 * running_mean.value + 0.1 * mean
@@ -142,12 +150,13 @@ class Norm(nn.Module):
         return mean, var
 
 
-def _moments(x, axes, axis_name=None):
+def _moments(x, axes, *device_axes):
     """Mean and variance in two passes, over devices too; axes are kept with size 1."""
+    names = tuple(name for name in device_axes if name is not None)
 
     def mean_of(values):
         mean = values.mean(axes, keepdims=True)
-        return mean if axis_name is None else lax.pmean(mean, axis_name)
+        return lax.pmean(mean, names) if names else mean
 
     mean = mean_of(x)
     return mean, mean_of(jnp.square(x - mean))
@@ -185,7 +194,7 @@ class Style:
       activation: "relu" or "leaky_relu" (slope 0.01).
       padding: "same" or "valid", as for `Conv`.
       dtype: of the computation.
-      axis_name, freeze_batch_stats: as for `Norm`.
+      axis_name, space_axis, freeze_batch_stats: as for `Norm`.
       remat: compute a block's insides again in the backward pass instead of keeping them.
     """
 
@@ -194,6 +203,7 @@ class Style:
     padding: str = "same"
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
+    space_axis: str | None = None
     freeze_batch_stats: bool = False
     remat: bool = False
 
@@ -204,12 +214,20 @@ class Style:
         """Convolution and normalisation under these two names; called inside a block."""
         has_bias = self.norm in ("none", "group")  # the others take the mean away again
         layer = Conv(
-            features, kernel_size, strides, self.padding, has_bias, dtype=self.dtype, name=conv
+            features,
+            kernel_size,
+            strides,
+            self.padding,
+            has_bias,
+            dtype=self.dtype,
+            space_axis=self.space_axis,
+            name=conv,
         )
         return self.normalise(layer(x), train, norm)
 
     def normalise(self, x, train, name):
-        return Norm(self.norm, self.axis_name, self.freeze_batch_stats, name=name)(x, train)
+        norm = Norm(self.norm, self.axis_name, self.space_axis, self.freeze_batch_stats, name=name)
+        return norm(x, train)
 
 
 def in_blocks(block, style):

@@ -8,7 +8,7 @@ import dataclasses
 
 import flax.linen as nn
 
-from jaxseg.models import formulations
+from jaxseg.models import formulations, halo
 from jaxseg.models.blocks import (
     Conv,
     ConvBlock,
@@ -57,6 +57,8 @@ class Encoder(nn.Module):
                 window = per_axis(strides, x.ndim - 2)
                 if style.padding == "valid":
                     check_exact_pooling(x.shape[1:-1], window, level)
+                if style.space_axis is not None:
+                    halo.check_stride(x, window[0])
                 x, strides = formulations.max_pool(x, window), 1
             x = stage(
                 features,

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxseg.models import halo
+
 
 def convolve(x, kernel, strides, padding):
     """Correlation, as `lax` and torch call it convolution.
@@ -266,37 +268,40 @@ def _blocks(x, window, fill):
     return places
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def instance_norm(x, scale, bias, eps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def instance_norm(x, scale, bias, eps, space_axis=None):
     """Zero mean and unit variance per example and channel, then `scale` and `bias` [C].
 
     Args:
       x: [B, *S, C]; statistics are float32 whatever the dtype, in two passes.
       eps: added to the variance.
+      space_axis: device axis over which volumes are cut; None if x holds whole ones.
     Returns:
       As x.
     """
-    return _instance_norm(x, scale, bias, eps)[0]
+    return _instance_norm(x, scale, bias, eps, space_axis)[0]
 
 
-def _instance_norm(x, scale, bias, eps):
+def _instance_norm(x, scale, bias, eps, space_axis):
     axes = tuple(range(1, x.ndim - 1))
     x32 = x.astype(jnp.float32)
-    mean = x32.mean(axes, keepdims=True)
-    var = jnp.square(x32 - mean).mean(axes, keepdims=True)
+    mean = halo.mean_of_parts(x32.mean(axes, keepdims=True), space_axis)
+    var = halo.mean_of_parts(jnp.square(x32 - mean).mean(axes, keepdims=True), space_axis)
     inverse_sd = lax.rsqrt(var + eps)
     y = (x32 - mean) * (inverse_sd * scale) + bias
     return y.astype(x.dtype), (x, scale, bias, mean, inverse_sd)
 
 
-def _instance_norm_backward(eps, kept, dy):
+def _instance_norm_backward(eps, space_axis, kept, dy):
     x, scale, bias, mean, inverse_sd = kept
     axes = tuple(range(1, x.ndim - 1))
     dy32 = dy.astype(jnp.float32)
     normal = (x.astype(jnp.float32) - mean) * inverse_sd
     mean_dy = dy32.mean(axes, keepdims=True)
     mean_dy_normal = (dy32 * normal).mean(axes, keepdims=True)
-    dx = (scale * inverse_sd) * (dy32 - mean_dy - normal * mean_dy_normal)
+    whole_dy, whole_dy_normal = halo.mean_of_parts((mean_dy, mean_dy_normal), space_axis)
+    dx = (scale * inverse_sd) * (dy32 - whole_dy - normal * whole_dy_normal)
+    # Of this part alone: the gradients of parameters are summed over devices elsewhere.
     size = math.prod(x.shape[1:-1])
     dscale = (size * mean_dy_normal).sum(0).reshape(-1)
     dbias = (size * mean_dy).sum(0).reshape(-1)

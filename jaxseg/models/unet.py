@@ -65,6 +65,10 @@ class UNet(nn.Module):
       remat: save memory by computing blocks again in the backward pass.
       dtype: of the computation; parameters and logits are float32.
       axis_name: device axis over which batch statistics are taken.
+      space_axis: device axis over which volumes are cut along their first axis, in equal parts, for
+        those too large for one device: each device gives its part of the whole volume's logits.
+        For "plain" and "residual" encoders with up "conv", padding "same" and no attention; the
+        first strides must divide the parts.
     Reference: Ronneberger et al. 2015; normalisation, strided down-sampling, anisotropic kernels
       and deep supervision as in nnU-Net (Isensee et al. 2021).
     """
@@ -88,6 +92,7 @@ class UNet(nn.Module):
     remat: bool = False
     dtype: str = "float32"
     axis_name: str | None = None
+    space_axis: str | None = None
 
     @nn.compact
     def __call__(self, image, train=False):
@@ -112,6 +117,7 @@ class UNet(nn.Module):
             self.padding,
             jnp.dtype(self.dtype),
             self.axis_name,
+            self.space_axis,
             self.freeze_batch_stats,
             self.remat,
         )

@@ -1,21 +1,30 @@
 import dataclasses
+import hashlib
+import os
 import pathlib
 import shutil
+import threading
+import time
+import types
 
 import nibabel
 import numpy as np
 import pytest
 
-from jaxseg.data import builder, cases, preprocess, volumes
+from jaxseg.data import blocks, builder, cases, preprocess, volumes
 
 OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
 
 
-def prepare(dataset, cache_dir, train_ids=("case_00", "case_01"), progress=None, **options):
-    progress = {} if progress is None else {"progress": progress}
-    return builder.prepare(
-        dataset, train_ids, cache_dir=str(cache_dir), **progress, **(OPTIONS | options)
-    )
+def prepare(dataset, cache_dir, plan_ids=("case_00", "case_01"), **options):
+    return builder.prepare(dataset, plan_ids, cache_dir=str(cache_dir), **(OPTIONS | options))
+
+
+def whole(case):
+    """The case with its arrays read whole."""
+    arrays = {name: getattr(case, name) for name in ("image", "label", "weight")}
+    read = {name: a[:, :, :] for name, a in arrays.items() if a is not None}
+    return dataclasses.replace(case, **read)
 
 
 @pytest.fixture
@@ -37,6 +46,7 @@ def count_reads(monkeypatch):
 
 
 def assert_same_case(actual, expected):
+    actual, expected = whole(actual), whole(expected)
     for field in dataclasses.fields(expected):
         a, b = getattr(actual, field.name), getattr(expected, field.name)
         if field.name == "locations":
@@ -74,7 +84,7 @@ def test_records_are_what_preprocessing_gives(tmp_path, make_msd_folder):
         image, file_affine = volumes.read_image(case.image_path)
         label, _ = volumes.read_label(case.label_path, dataset.label_values)
         expected, _ = preprocess.preprocess_image(image, file_affine, plan)
-        prepared = store[case.case_id]
+        prepared = whole(store[case.case_id])
         np.testing.assert_array_equal(prepared.image, expected)
         np.testing.assert_array_equal(
             prepared.label, preprocess.preprocess_label(label, file_affine, plan, 3)
@@ -86,7 +96,7 @@ def test_records_are_what_preprocessing_gives(tmp_path, make_msd_folder):
 def test_locations_are_the_voxels_of_each_class_present(tmp_path, dataset):
     store, _, _ = prepare(dataset, tmp_path / "cache")
     for case in dataset.cases:
-        prepared = store[case.case_id]
+        prepared = whole(store[case.case_id])
         assert len(prepared.locations) == 2
         for index, voxels in enumerate(prepared.locations, start=1):
             np.testing.assert_array_equal(voxels, np.argwhere(prepared.label == index))
@@ -126,7 +136,7 @@ def test_more_than_ten_cases_keep_their_names(tmp_path, make_msd_folder):
         nibabel.save(nibabel.Nifti1Image(label, volume.affine), case.label_path)
     store, _, _ = prepare(dataset, tmp_path / "cache")
     for index, case in enumerate(dataset.cases):
-        prepared = store[case.case_id]
+        prepared = whole(store[case.case_id])
         assert (prepared.label.flat[:14] == 2).sum() == index + 1
 
 
@@ -160,13 +170,13 @@ def test_a_copy_of_the_data_elsewhere_is_the_same_data(tmp_path, dataset, count_
         {"normalisation": "ct"},
         {"image_order": 3},
         {"label_order": 0},
-        {"train_ids": ("case_00", "case_02")},
+        {"plan_ids": ("case_00", "case_02")},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, options):
     before, _, fingerprint = prepare(dataset, tmp_path / "cache")
-    expected = {case.case_id: before[case.case_id] for case in dataset.cases}
+    expected = {case.case_id: whole(before[case.case_id]) for case in dataset.cases}
     assert prepare(dataset, tmp_path / "cache", **options)[2] == fingerprint  # of the same data
     assert len(count_reads) == 6
     again, _, _ = prepare(dataset, tmp_path / "cache")
@@ -175,10 +185,13 @@ def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, o
         assert_same_case(again[case_id], case)
 
 
-def test_changed_data_is_another_fingerprint(dataset):
-    fingerprints = [builder.data_fingerprint(dataset)]
+def test_changed_data_is_another_fingerprint(tmp_path, dataset):
+    def fingerprint(dataset):
+        return builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+
+    fingerprints = [fingerprint(dataset)]
     rewrite_image(dataset, 1, lambda image: image + (image == image.max()))
-    fingerprints.append(builder.data_fingerprint(dataset))
+    fingerprints.append(fingerprint(dataset))
     for changes in (
         {"class_names": ("background", "outer", "core")},
         {"label_values": (0, 2, 1)},
@@ -186,18 +199,18 @@ def test_changed_data_is_another_fingerprint(dataset):
         {"cases": dataset.cases[:2]},
         {"cases": (dataclasses.replace(dataset.cases[0], case_id="x"), *dataset.cases[1:])},
     ):
-        fingerprints.append(builder.data_fingerprint(dataclasses.replace(dataset, **changes)))
+        fingerprints.append(fingerprint(dataclasses.replace(dataset, **changes)))
     assert len(set(fingerprints)) == 7
 
 
 def test_changed_bytes_of_a_file_are_prepared_again(tmp_path, dataset, count_reads):
     before, _, fingerprint = prepare(dataset, tmp_path / "cache")
-    flipped = before["case_02"].image[::-1]
+    flipped = whole(before["case_02"]).image[::-1]
     rewrite_image(dataset, 2, lambda image: image[::-1])
     after, _, new_fingerprint = prepare(dataset, tmp_path / "cache")
     assert new_fingerprint != fingerprint
     assert len(count_reads) == 6
-    np.testing.assert_allclose(after["case_02"].image, flipped, atol=1e-5)
+    np.testing.assert_allclose(whole(after["case_02"]).image, flipped, atol=1e-5)
 
 
 def test_statistics_come_from_training_cases_only(tmp_path, dataset):
@@ -217,7 +230,7 @@ def test_bad_cases_are_all_listed_and_nothing_is_stored(tmp_path, dataset, count
     assert len(caught.value.problems) == 2
     assert "case_00" in caught.value.problems[0] and "empty" in caught.value.problems[0]
     assert "case_02" in caught.value.problems[1] and "1 NaN" in caught.value.problems[1]
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*/*"))
     assert count_reads == []
 
 
@@ -230,7 +243,7 @@ def test_files_that_vanished_are_all_listed(tmp_path, dataset):
         dataset.cases[0].image_path,
         dataset.cases[1].label_path,
     ]
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*/*"))
 
 
 class Interrupted(BaseException):
@@ -239,7 +252,10 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize("error", [RuntimeError, Interrupted])
 @pytest.mark.parametrize("phase", ["verifying", "planning", "preprocessing"])
-def test_an_interrupted_preparation_is_done_again(tmp_path, dataset, count_reads, phase, error):
+def test_an_interrupted_preparation_goes_on(
+    tmp_path, dataset, count_reads, monkeypatch, phase, error
+):
+    monkeypatch.setattr(builder, "CASES_PER_PART", 1)
     cache, killed = tmp_path / "cache", tmp_path / "killed"
     cache.mkdir()
 
@@ -252,30 +268,57 @@ def test_an_interrupted_preparation_is_done_again(tmp_path, dataset, count_reads
 
     with pytest.raises(error, match="in the middle"):
         prepare(dataset, cache, progress=interrupting)
-    assert not list(cache.rglob("plan.json")) and not list(killed.rglob("plan.json"))
-
     expected, plan, _ = prepare(dataset, tmp_path / "other")
     for folder in (cache, killed):
+        assert len(list(folder.rglob("plan.json"))) == (phase == "preprocessing")
         count_reads.clear()
         store, same_plan, _ = prepare(dataset, folder)
-        assert len(count_reads) == 3
+        # The first case is a part, which was finished.
+        assert len(count_reads) == (2 if phase == "preprocessing" else 3)
         assert same_plan == plan
         assert_same_store(store, expected, dataset)
 
 
-def test_stopped_before_the_plan_is_written_is_not_done(tmp_path, dataset, monkeypatch):
+@pytest.mark.parametrize("place", ["plan", "part"])
+def test_what_is_not_whole_is_not_seen(tmp_path, dataset, monkeypatch, place):
+    def full(*paths):
+        raise OSError("full")
+
     with monkeypatch.context() as patch:
-        patch.setattr(builder.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(builder.os, {"plan": "replace", "part": "rename"}[place], full)
         with pytest.raises(OSError, match="full"):
             prepare(dataset, tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("plan.json"))
-    verified = []
-    monkeypatch.setattr(builder, "verify", lambda *args, **kwargs: verified.append(args))
+    assert len(list((tmp_path / "cache").rglob("plan.json"))) == (place == "part")
+    [*unfinished] = (tmp_path / "cache").glob("*/part-*.unfinished")
+    assert len(unfinished) == (place == "part")
     store, plan, _ = prepare(dataset, tmp_path / "cache")
-    assert verified
+    assert not list((tmp_path / "cache").glob("*/part-*.unfinished"))
     expected, same_plan, _ = prepare(dataset, tmp_path / "other")
     assert plan == same_plan
     assert_same_store(store, expected, dataset)
+
+
+def test_a_part_that_another_run_is_making_is_waited_for(tmp_path, dataset, count_reads):
+    """Two runs that start together: the second finds what the first has made meanwhile."""
+    progress = []
+
+    def slow(items, title):
+        for item in items:
+            if title == "preprocessing" and not progress:
+                progress.append(threading.Thread(target=lambda: stores.append(second())))
+                progress[0].start()
+                progress[0].join(0.5)
+                assert progress[0].is_alive()  # waits
+            yield item
+
+    def second():
+        return prepare(dataset, tmp_path / "cache")[0]
+
+    stores = []
+    stores.append(prepare(dataset, tmp_path / "cache", progress=slow)[0])
+    progress[0].join()
+    assert len(count_reads) == 3
+    assert_same_store(*stores, dataset)
 
 
 def test_progress_sees_every_phase_and_case(tmp_path, dataset):
@@ -302,22 +345,45 @@ def test_an_unknown_case_is_an_error(tmp_path, dataset):
 
 
 def test_store_reads_again_when_memory_is_short(tmp_path, dataset, monkeypatch):
+    roomy, _, _ = prepare(dataset, tmp_path / "cache")
     monkeypatch.setattr(builder, "CACHE_BYTES", 1)
     store, _, _ = prepare(dataset, tmp_path / "cache")
-    monkeypatch.undo()
-    roomy, _, _ = prepare(dataset, tmp_path / "cache")
     for case_id in ("case_00", "case_01", "case_00", "case_02"):
         assert_same_case(store[case_id], roomy[case_id])
-    assert store["case_00"] is not store._read(0)
-    assert roomy["case_00"] is roomy["case_00"]
 
 
-def test_a_cache_that_lost_its_cases_is_prepared_again(tmp_path, dataset):
-    expected, _, _ = prepare(dataset, tmp_path / "other")
+def test_a_slice_reads_only_the_blocks_it_touches(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_VOXELS", 4 * 4 * 2)
+    monkeypatch.setattr(blocks, "BLOCK_DEPTH", 2)
+    store, _, _ = prepare(dataset, tmp_path / "cache")  # of [20, 18, 8]: 5 x 5 x 4 blocks
+    expected = whole(prepare(dataset, tmp_path / "cache")[0]["case_01"])
+    read = []
+    monkeypatch.setattr(store, "_records", RecordingDict(read, store._read))
+    case = store["case_01"]
+    assert [key[1] for key in read] == ["cases"]  # nothing of its arrays
+    read.clear()
+    np.testing.assert_array_equal(case.image[4:9, 3:4, 6:8], expected.image[4:9, 3:4, 6:8])
+    first = 100 + 3  # of the second case, in the last layer
+    assert [key[1:] for key in read] == [("blocks", first + 20 * i) for i in (1, 2)]
+
+
+class RecordingDict(dict):
+    def __init__(self, read, load):
+        self._read, self._load = read, load
+
+    def __missing__(self, key):
+        self._read.append(key)
+        return self._load(key)
+
+
+@pytest.mark.parametrize("lost", ["part-000-of-001", "plan.json"])
+def test_a_cache_that_lost_something_is_prepared_again(tmp_path, dataset, lost):
+    expected, plan, _ = prepare(dataset, tmp_path / "other")
     prepare(dataset, tmp_path / "cache")
-    [plan_path] = (tmp_path / "cache").rglob("plan.json")
-    shutil.rmtree(plan_path.parent / "case_builder")
-    store, _, _ = prepare(dataset, tmp_path / "cache")
+    [path] = (tmp_path / "cache").rglob(lost)
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    store, same_plan, _ = prepare(dataset, tmp_path / "cache")
+    assert same_plan == plan
     assert_same_store(store, expected, dataset)
 
 
@@ -334,4 +400,118 @@ def test_border_weights_are_stored_apart_and_read_back(tmp_path, dataset, count_
         expected = preprocess.border_weights(instances, **options)
         assert expected.max() > expected.min()
         for store in stores:
-            np.testing.assert_array_equal(store[case.case_id].weight, expected)
+            np.testing.assert_array_equal(whole(store[case.case_id]).weight, expected)
+
+
+@pytest.fixture
+def count_digests(monkeypatch):
+    """Files whose bytes were read for the fingerprint."""
+    names = []
+
+    def counted(file, name):
+        names.append(pathlib.Path(file.name).name)
+        return hashlib.file_digest(file, name)
+
+    fake = types.SimpleNamespace(sha256=hashlib.sha256, file_digest=counted)
+    monkeypatch.setattr(builder, "hashlib", fake)
+    monkeypatch.setattr(builder, "SETTLED_S", -1.0)  # tests do not wait
+    return names
+
+
+def test_files_that_are_as_they_were_are_not_read_again(tmp_path, dataset, count_digests):
+    first = builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+    assert len(count_digests) == 6
+    assert builder.data_fingerprint(dataset, str(tmp_path / "cache")) == first
+    assert len(count_digests) == 6
+    assert builder.data_fingerprint(dataset, str(tmp_path / "elsewhere")) == first
+    assert len(count_digests) == 12
+
+
+@pytest.mark.parametrize("kept_time", [False, True])
+def test_a_changed_file_of_the_same_size_is_noticed(tmp_path, dataset, count_digests, kept_time):
+    first = builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+    path = pathlib.Path(dataset.cases[1].label_path)
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-9] ^= 1
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    path.write_bytes(content)
+    if kept_time:  # as copying with "cp -p" does
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    count_digests.clear()
+    assert builder.data_fingerprint(dataset, str(tmp_path / "cache")) != first
+    assert count_digests == ["case_01.nii.gz"]
+
+
+def test_a_file_that_was_just_written_is_read_again(tmp_path, dataset, count_digests, monkeypatch):
+    """It could be written once more without a new time of change."""
+    monkeypatch.setattr(builder, "SETTLED_S", 1e4)
+    for _ in range(2):
+        builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+    assert len(count_digests) == 12
+
+
+def test_processes_that_share_the_work_make_what_one_makes(
+    tmp_path, dataset, count_reads, monkeypatch
+):
+    monkeypatch.setattr(builder, "CASES_PER_PART", 1)
+    expected, plan, fingerprint = prepare(dataset, tmp_path / "one")
+    count_reads.clear()
+    meeting = threading.Barrier(2, timeout=60)
+    names, made = [[], []], {}
+
+    def run(index):
+        def barrier(name):
+            names[index].append(name)
+            meeting.wait()
+
+        made[index] = prepare(
+            dataset,
+            tmp_path / "two",
+            process_index=index,
+            process_count=2,
+            barrier=barrier,
+        )
+
+    for _ in range(2):  # and when all is there
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for store, same_plan, same_fingerprint in made.values():
+            assert (same_plan, same_fingerprint) == (plan, fingerprint)
+            assert_same_store(store, expected, dataset)
+    assert names == [["plan", "parts"] * 2] * 2
+    assert sorted(count_reads) == ["case_00.nii.gz", "case_01.nii.gz", "case_02.nii.gz"]
+
+
+def test_processes_that_do_not_share_a_file_system_are_told(tmp_path, dataset, monkeypatch):
+    with pytest.raises(OSError, match=r"plan.json: not there \(1 of 1 missing\).*all hosts share"):
+        prepare(dataset, tmp_path / "a", process_index=1, process_count=2)
+    monkeypatch.setattr(builder, "CASES_PER_PART", 1)
+    with pytest.raises(OSError, match=r"part-001-of-003: not there \(1 of 3 missing\)"):
+        prepare(dataset, tmp_path / "b", process_index=0, process_count=2)
+
+
+def test_large_data_has_a_bounded_number_of_parts(dataset):
+    cases_of = {3: 1, 4: 1, 5: 2, 256: 64, 257: 52, 10_000: 64}
+    for num_cases, num_parts in cases_of.items():
+        many = dataclasses.replace(dataset, cases=tuple(range(num_cases)))
+        parts = builder._cut(many, "folder")
+        assert len(parts) == num_parts
+        assert sum((part.cases for part in parts.values()), ()) == many.cases
+
+
+def test_an_object_store_is_refused(dataset):
+    with pytest.raises(OSError, match=r"gs://bucket/cache: .* local folder"):
+        prepare(dataset, "gs://bucket/cache")
+
+
+@pytest.mark.parametrize("path", ["~/cache", "cache", "./x/../cache"])
+def test_home_and_relative_paths_work(tmp_path, dataset, monkeypatch, path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    store, _, _ = prepare(dataset, path)
+    assert len(list((tmp_path / "cache").rglob("plan.json"))) == 1
+    monkeypatch.chdir("/")
+    assert store["case_00"].image[:1, :1, :1].shape == (1, 1, 1, 1)

@@ -10,8 +10,9 @@ from scipy import ndimage
 
 from jaxseg import inference
 from jaxseg.config import base_config
+from jaxseg.data import blocks, cases
 from jaxseg.data.augment import region_size
-from jaxseg.data.builder import PreparedCase
+from jaxseg.data.builder import PreparedCase, prepare
 from jaxseg.data.pipeline import sample_region, train_batches
 
 OFF = base_config().augment.to_dict()
@@ -60,7 +61,7 @@ def batches(store, **changes):
         "foreground_fraction": 0.5,
         "augment_params": ON,
     }
-    case_ids = changes.pop("case_ids", list(store))
+    case_ids = changes.pop("case_ids", None) or list(store)
     return list(train_batches(store, case_ids, **options | changes))
 
 
@@ -385,3 +386,60 @@ def test_weights_pass_augmentation_unchanged_in_value():
     store = {name: dataclasses.replace(case, weight=weight) for name, case in store.items()}
     (batch, *_) = batches(store)
     assert {1.5, 2.5, 9.5} <= set(np.unique(batch["valid"])) <= {0, 1.5, 2.5, 9.5}
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "weighted"])
+def stores(request, tmp_path, make_msd_folder, monkeypatch):
+    """The same cases as blocks on disk and as arrays in memory."""
+    monkeypatch.setattr(blocks, "BLOCK_VOXELS", 5 * 5 * 3)
+    monkeypatch.setattr(blocks, "BLOCK_DEPTH", 3)  # of cases [20, 18, 8]: 4 x 4 x 3 blocks
+    dataset = cases.find_msd_cases(make_msd_folder(num_cases=3))
+    on_disk, _, _ = prepare(
+        dataset,
+        ["case_00"],
+        cache_dir=str(tmp_path),
+        border_weight={"w0": 10.0, "sigma": 5.0} if request.param else None,
+        spacing_mm=(),
+        normalisation="zscore",
+        image_order=1,
+        label_order=1,
+    )
+
+    def read_whole(case):
+        label = case.label[:, :, :]
+        return PreparedCase(
+            image=case.image[:, :, :],
+            label=label,
+            locations=tuple(np.argwhere(label == c) for c in (1, 2)),
+            weight=case.weight[:, :, :] if request.param else None,
+        )
+
+    return on_disk, {case.case_id: read_whole(on_disk[case.case_id]) for case in dataset.cases}
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "margin"),
+    [((8, 8), ()), ((8, 6, 4), ()), ((12, 10), (3, 2)), ((12, 10, 8), (2, 3, 2)), ((30, 24), ())],
+)
+def test_a_region_of_blocks_on_disk_is_that_of_arrays_in_memory(stores, patch_size, margin):
+    region = tuple(size + 6 for size in patch_size)
+    for seed, case_id in itertools.product(range(10), stores[1]):
+        on_disk, in_memory = (
+            sample_region(
+                store[case_id],
+                np.random.default_rng(seed),
+                region,
+                patch_size,
+                0.5,
+                margin=margin,
+            )
+            for store in stores
+        )
+        for a, b in zip(on_disk, in_memory, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+def test_batches_of_blocks_on_disk_are_those_of_arrays_in_memory(stores):
+    on_disk, in_memory = (batches(store, case_ids=list(stores[1])) for store in stores)
+    assert_equal(on_disk, in_memory)
