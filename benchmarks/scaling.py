@@ -733,7 +733,7 @@ def print_tables(figures):
             f"{mode} over plain jit, one device, {overhead['rounds']} rounds in turns, jit "
             f"{overhead['jit_median_s'] * 1e3:.1f} ms: wall {row['overhead']:+.1%} "
             f"[{low:+.1%}, {high:+.1%}], CPU time {row['overhead_in_cpu_time']:+.1%} "
-            f" [{cpu_low:+.1%}, {cpu_high:+.1%}]"
+            f"[{cpu_low:+.1%}, {cpu_high:+.1%}]"
         )
     print("\nAll-reduce as alpha + beta * bytes, fitted on every other size:")
     for num, found in figures["all_reduce"].items():

@@ -28,7 +28,7 @@ from jaxseg.losses import dice_cross_entropy_loss
 from jaxseg.models.unet import UNet
 from jaxseg.optim import create_optimizer
 from jaxseg.steps import train_step
-from jaxseg.train_state import create_train_state
+from jaxseg.train_state import create_train_states
 
 QUICK = flags.DEFINE_bool("quick", False, "Two rounds of each instead of ten.")
 
@@ -93,7 +93,7 @@ def jax_calls(network, image, label, dtype):
     """(forward, step) in jaxseg, from the weights of the torch network."""
     model = UNet(NUM_CLASSES, features=FEATURES, dtype=dtype)
     tx = create_optimizer("adamw", lambda _: LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    state = create_train_state(model, tx, jax.random.key(0), image.shape[1:])
+    (state,) = create_train_states(model, tx, [jax.random.key(0)], image.shape[1:])
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     target = {"params": state.params, "batch_stats": {}}
     variables, _ = transfer.adapt(transfer.from_torch(weights), target, strict=True)

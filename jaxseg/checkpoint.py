@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -205,16 +206,23 @@ def _set_aside(manager, damaged, log_text):
 
 @contextlib.contextmanager
 def _orbax_is_silent():
-    """Keeps what is raised from being logged besides, once per thread and with its traceback."""
+    """Keeps what is raised from being logged besides, once per thread and with its traceback.
+
+    After a failure it stays so: threads that were not waited for still have to fail.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.disabled for logger in loggers]
+    before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
     for logger in loggers:
         logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+    sys.unraisablehook = lambda event: _answers_too_late(event) or hook(event)
+    yield
+    sys.unraisablehook = hook
+    for logger, disabled in zip(loggers, before, strict=True):
+        logger.disabled = disabled
+
+
+def _answers_too_late(event):
+    return str(event.exc_value) == "Event loop is closed"
 
 
 def _cause(error):

@@ -601,6 +601,6 @@ def _ensemble_problems(config):
             f"split.num_folds {config.split.num_folds} must be ensemble.folds {ensemble.folds}, "
             "or 0"
         )
-    if config.seed + ensemble.size > 2**31:
+    if ensemble.size > 1 and config.seed + ensemble.size > 2**31:
         problems.append(f"seed {config.seed} + ensemble.size {ensemble.size} must not pass 2^31")
     return problems

@@ -4,9 +4,11 @@ Any field can be set on the command line: `--config.optim.learning_rate=1e-3`. W
 it is one of several processes that train together.
 """
 
+import faulthandler
 import os
 import re
 import sys
+import traceback
 
 # Read when TensorFlow is loaded. oneDNN would make its sums depend on the number of threads; the
 # start-up notes say nothing to a person who trains a network.
@@ -85,6 +87,11 @@ def main(argv):
         )
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", status=130)
+    except Exception:
+        if not _DISTRIBUTED.value:
+            raise
+        traceback.print_exc()
+        _exit("this process has failed, and the others stop with it", status=1)
     if stopped_by:
         sys.exit(128 + stopped_by)
 
@@ -98,6 +105,7 @@ def join_processes(coordinator, num_processes, process_id):
     Raises:
       RunProblem: there is no such environment, or the others do not come.
     """
+    faulthandler.disable()  # absl's: its stacks of all threads would bury JAX's last words
     try:
         jax.distributed.initialize(
             coordinator,
@@ -145,7 +153,7 @@ def _problem_of(parse):
 
 def _exit(message, status=2):
     print(f"jaxseg: {message}", file=sys.stderr, flush=True)
-    if _DISTRIBUTED.value:
+    if flags.FLAGS.is_parsed() and _DISTRIBUTED.value:
         sys.stdout.flush()
         os._exit(status)  # not to wait for a farewell of others, who wait for this one
     sys.exit(status)

@@ -5,6 +5,8 @@ import fcntl
 import os
 import socket
 
+from jaxseg.writers import naming
+
 NAME = ".owner"
 
 
@@ -25,17 +27,18 @@ def owning(workdir):
       OwnershipProblem: another run, in this or another process, works there.
       OSError: the folder can not be written, or its file system has no locks.
     """
-    with open(os.path.join(workdir, NAME), "a+", encoding="utf-8") as file:
+    path = os.path.join(workdir, NAME)
+    with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            pid, host = [*file.read().split(), "unknown", "unknown"][:2]
+            pid, host = [*file.read().decode().split(), "unknown", "unknown"][:2]
             raise OwnershipProblem(
                 f"process {pid} on host {host} is training in {workdir}: wait until it is done, "
                 "stop it, or give this run a folder of its own with --config.workdir=DIR"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} {socket.gethostname()}\n")
-        file.flush()
+        with naming(path):
+            file.truncate(0)
+            file.write(f"{os.getpid()} {socket.gethostname()}\n".encode())
         yield

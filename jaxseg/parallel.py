@@ -133,7 +133,19 @@ def pmap_parts(function):
 
 def place(tree, layout):
     """Places a state, or what else each member has, as the mapped steps return it."""
-    return jax.device_put(tree, NamedSharding(layout.mesh, layout.state_spec))
+    # device_put takes no keys to the devices of other processes.
+    sharding = NamedSharding(layout.mesh, layout.state_spec)
+    return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
+
+
+def joined(tree, layout):
+    """A state that a mapped step has returned, as `place` made it: one array of all processes.
+
+    `pmap` returns to each process what its own devices hold.
+    """
+    if not layout.is_pmap or jax.process_count() == 1:
+        return tree
+    return multihost_utils.host_local_array_to_global_array(tree, layout.mesh, layout.state_spec)
 
 
 def replicate(tree):
@@ -195,7 +207,9 @@ def gather_from_processes(array):
     """Stacks what every process has: [...] becomes [processes, ...] NumPy, in each of them."""
     if jax.process_count() == 1:
         return np.asarray(array)[np.newaxis]
-    return np.asarray(multihost_utils.process_allgather(array))
+    array = np.ascontiguousarray(array)
+    gathered = multihost_utils.process_allgather(array.view(np.uint8))  # JAX rounds float64
+    return gathered.view(array.dtype)
 
 
 def barrier(name):

@@ -171,7 +171,8 @@ def _in_one_order(sums, batch, num_shards, axis_name):
     shards = jax.tree.map(lambda x: x.reshape(num_local, -1, *x.shape[1:]), batch)
 
     def shard_sums(index):
-        shard = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), shards)
+        index, known = lax.optimization_barrier((index, shards))  # as in `_compiled_apart`
+        shard = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), known)
         return sums(shard, first + index)
 
     def put(index, stacked):

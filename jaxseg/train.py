@@ -469,7 +469,7 @@ def save(run, step, state, scores):
     checkpoint.save(
         run.manager,
         step,
-        state,
+        parallel.joined(state, run.layout),
         config_json=config_lib.to_json(run.config),
         plan_json=run.data.plan.to_json(),
         data=describe_data(run.data),
@@ -483,7 +483,7 @@ def state_to_evaluate(run, state):
     if not run.data.split["test"] or best_step == run.config.train.num_steps:
         return state
     try:
-        return checkpoint.restore(run.manager, best_step, state)
+        return checkpoint.restore(run.manager, best_step, parallel.joined(state, run.layout))
     except checkpoint.CheckpointProblem as problem:
         run.log.text(f"{problem}; the last step is evaluated in its place")
         return state

@@ -48,8 +48,7 @@ class RunLog:
     def text(self, line):
         """Shows a line on the terminal and appends it, with the time, to the log file."""
         tqdm.write(line, file=sys.stdout)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._text.flush()
+        self._append(self._text, LOG_NAME, [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"])
 
     def scalars(self, step, values):
         """Appends a row of numbers to the metrics file; a non-finite number becomes null.
@@ -57,8 +56,7 @@ class RunLog:
         Lists of numbers, one of each member, are not shown in TensorBoard.
         """
         row = {"step": step} | json_ready(values)
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        self._append(self._metrics, METRICS_NAME, [json.dumps(row) + "\n"])
         if self._tensorboard is not None:
             with self._tensorboard.as_default():
                 for name, value in _scalars(values).items():
@@ -66,8 +64,7 @@ class RunLog:
 
     def trace(self, rows):
         """Appends rows of `trace_row` to the trace file."""
-        self._trace.writelines(json.dumps(row) + "\n" for row in rows)
-        self._trace.flush()
+        self._append(self._trace, TRACE_NAME, (json.dumps(row) + "\n" for row in rows))
 
     def progress(self, items, title):
         """Wraps an iterable: a bar on a terminal, a line at the end in the log."""
@@ -79,11 +76,15 @@ class RunLog:
         self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
 
     def close(self):
-        self._text.close()
-        self._metrics.close()
-        self._trace.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        files = (self._text, self._metrics, self._trace, self._tensorboard)
+        with naming(self._workdir), contextlib.ExitStack() as stack:
+            for file in filter(None, files):
+                stack.callback(file.close)
+
+    def _append(self, file, name, lines):
+        with naming(os.path.join(self._workdir, name)):
+            file.writelines(lines)
+            file.flush()
 
 
 class SilentLog:
@@ -147,6 +148,16 @@ class StepProgress:
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Gives an OSError the name of the file where it has none, as when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path):
     """Yields a temporary name beside `path` that takes its place if nothing fails.
 
@@ -164,7 +175,7 @@ def replacing(path):
 
 def write_text(path, text):
     """Writes a text file whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with naming(path), replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -242,7 +253,8 @@ def json_ready(value):
 
 def write_csv(path, rows):
     """Writes a non-empty list of dicts with the same keys as CSV, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    options = {"newline": "", "encoding": "utf-8"}
+    with naming(path), replacing(path) as temporary, open(temporary, "w", **options) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -178,6 +178,31 @@ def test_fields_of_another_model_are_a_problem():
         ({"data__label_values": (0, 1, 2)}, "data.label_values has 3 entries"),
         ({"data__kind": "images"}, "--config.data.dir=DIR"),
         ({"data__kind": "images", "data__dir": "d", "data__label_pattern": "m.png"}, "{case}"),
+        ({"parallel__virtual_shards": 3}, "virtual_shards 3 must be a power of two"),
+        ({"parallel__virtual_shards": 32}, "divisible by parallel.virtual_shards 32"),
+        ({"parallel__virtual_shards": 4, "optim__accumulate_steps": 2}, "accumulate_steps to 1"),
+        ({"parallel__virtual_shards": 4, "model__norm": "batch"}, "statistics of batch norm"),
+        ({"parallel__space": 2}, "parallel.space needs parallel.mode 'shard_map'"),
+        (
+            {"parallel__space": 2, "parallel__mode": "shard_map", "model__attention": True},
+            "parallel.space needs a U-Net",
+        ),
+        (
+            {"parallel__space": 3, "parallel__mode": "shard_map"},
+            "data.patch_size (128, 128) must begin with a multiple of 24",
+        ),
+        (
+            {"parallel__space": 2, "parallel__mode": "shard_map", "parallel__virtual_shards": 4},
+            "parallel.space can not be had together",
+        ),
+        ({"optim__learning_rate": [1e-3]}, "two rates or more"),
+        ({"optim__learning_rate": [1e-3, -1.0]}, "optim.learning_rate must be positive"),
+        ({"optim__learning_rate": "fast"}, "optim.learning_rate must be positive"),
+        ({"optim__learning_rate": [1e-3, 2e-3], "ensemble__size": 2}, "exclude each other"),
+        ({"ensemble__size": 2, "ensemble__folds": 5}, "exclude each other"),
+        ({"ensemble__folds": 1}, "ensemble.folds must be at least 2"),
+        ({"ensemble__folds": 5, "split__num_folds": 4}, "must be ensemble.folds 5"),
+        ({"ensemble__size": 3, "seed": 2**31 - 2}, "must not pass 2^31"),
     ],
 )
 def test_each_problem_is_named(fields, words):

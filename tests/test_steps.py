@@ -17,7 +17,7 @@ from jaxseg.losses import dice_cross_entropy_loss
 from jaxseg.models.blocks import Dropout, Norm
 from jaxseg.models.unet import UNet
 from jaxseg.optim import create_optimizer
-from jaxseg.steps import eval_step, train_step
+from jaxseg.steps import checksum, eval_step, over_members, train_step
 from jaxseg.train_state import TrainState
 
 NUM_CLASSES = 3
@@ -138,7 +138,7 @@ def test_step_follows_the_mean_over_examples_that_count_however_they_are_spread(
     assert grad_norm > 2 * CLIP_NORM
 
     new_state, metrics = run(Pixelwise(), batch, num_devices, accumulate_steps)
-    assert set(metrics) == {"loss", "grad_norm"}
+    assert set(metrics) == {"loss", "grad_norm", "batch_checksum", "params_checksum"}
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], grad_norm, rtol=1e-4)
     rate = LEARNING_RATE * CLIP_NORM / grad_norm
@@ -182,8 +182,74 @@ def test_batch_of_fillers_alone_moves_nothing():
     batch = make_batch()
     batch["valid"][:] = 0
     new_state, metrics = run(Pixelwise(), batch)
-    assert metrics == {"loss": 0, "grad_norm": 0}
+    assert metrics["loss"] == metrics["grad_norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, new_state.params, make_state(Pixelwise()).params)
+
+
+@pytest.mark.parametrize("virtual_shards", [1, 4, 8])
+def test_virtual_shards_give_the_mean_over_examples_too(plain_gradient, virtual_shards):
+    batch, loss, grads = plain_gradient
+    state = make_state(Pixelwise())
+    step = jax.jit(functools.partial(step_fn(Pixelwise()), virtual_shards=virtual_shards))
+    new_state, metrics = step(state, batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    grad_norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["grad_norm"], grad_norm, rtol=1e-4)
+    rate = LEARNING_RATE * CLIP_NORM / grad_norm
+    expected = jax.tree.map(lambda p, g: p - rate * g, state.params, grads)
+    assert_same(new_state.params, expected)
+
+
+def test_every_virtual_shard_drops_other_channels():
+    # Four shards of the same two examples: one mask for all would give one shard's loss.
+    half = jax.tree.map(lambda x: np.concatenate([x] * 4), make_batch(2))
+    model = Pixelwise(dropout=0.5)
+    losses = {
+        shards: jax.jit(functools.partial(step_fn(model), virtual_shards=shards))(
+            make_state(model), half, jax.random.key(0)
+        )[1]["loss"]
+        for shards in (1, 4)
+    }
+    alone = jax.tree.map(lambda x: x[:2], half)
+    one_shard = run(model, alone)[1]["loss"]
+    assert abs(losses[4] - one_shard) > 1e-3
+    assert abs(losses[4] - losses[1]) > 1e-3
+
+
+def test_the_learning_rate_scales_the_update():
+    model, batch = Pixelwise(), make_batch()
+    start = make_state(model)
+    moved = {
+        rate: jax.jit(step_fn(model))(start, batch, jax.random.key(0), rate)[0].params
+        for rate in (1.0, 0.25)
+    }
+    expected = jax.tree.map(lambda p, new: p + 0.25 * (new - p), start.params, moved[1.0])
+    assert_same(moved[0.25], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_checksum_is_the_sum_of_the_bits():
+    tree = {"a": np.float32([1.5, -2.0]), "b": np.int32([[-1], [7]])}
+    words = np.concatenate([leaf.ravel().view(np.uint32) for leaf in tree.values()])
+    assert int(checksum(tree)) == int(words.astype(np.uint64).sum() % 2**32)
+
+
+@pytest.mark.parametrize("by", ["map", "vmap"])
+def test_members_are_stepped_apart(by):
+    model = Pixelwise()
+    states = [make_state(model), jax.tree.map(lambda x: 2 * x, make_state(model))]
+    batches, keys = [make_batch(seed=0), make_batch(seed=1)], jax.random.split(jax.random.key(0))
+    rates = np.float32([1.0, 0.5])
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+    step = step_fn(model)
+    together = jax.jit(over_members(step, by))(stack(states), stack(batches), keys, rates)
+    alone = [jax.jit(step)(*one) for one in zip(states, batches, keys, rates, strict=True)]
+    new_state, metrics = stack(alone)
+    assert_same(together[0], new_state)
+    np.testing.assert_allclose(together[1]["loss"], metrics["loss"], rtol=1e-5)
+    assert metrics["loss"][0] != metrics["loss"][1]
 
 
 def test_loss_that_is_not_finite_is_not_hidden():

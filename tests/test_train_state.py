@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxseg.models.blocks import Norm
-from jaxseg.train_state import create_train_state
+from jaxseg.train_state import create_train_states
 
 IMAGE_SHAPE = (4, 5, 2)
 
@@ -27,9 +27,7 @@ class Pixelwise(nn.Module):
 def states():
     """States of the keys 0, 0 and 1."""
     tx = optax.adam(0.1)
-    return [
-        create_train_state(Pixelwise(), tx, jax.random.key(seed), IMAGE_SHAPE) for seed in (0, 0, 1)
-    ]
+    return create_train_states(Pixelwise(), tx, map(jax.random.key, (0, 0, 1)), IMAGE_SHAPE)
 
 
 def test_state_is_a_function_of_the_key(states):
@@ -57,12 +55,12 @@ def test_running_statistics_start_as_the_identity(states):
 
 def test_without_batch_norm_there_are_no_statistics():
     model = Pixelwise(norm="instance")
-    state = create_train_state(model, optax.sgd(0.1), jax.random.key(0), IMAGE_SHAPE)
+    (state,) = create_train_states(model, optax.sgd(0.1), [jax.random.key(0)], IMAGE_SHAPE)
     assert state.batch_stats == {}
 
 
 def test_parameters_are_float32_whatever_the_compute_dtype():
     model = Pixelwise(dtype="bfloat16")
-    state = create_train_state(model, optax.adam(0.1), jax.random.key(0), IMAGE_SHAPE)
+    (state,) = create_train_states(model, optax.adam(0.1), [jax.random.key(0)], IMAGE_SHAPE)
     floats = jax.tree.leaves((state.params, state.batch_stats, state.opt_state[0].mu))
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}

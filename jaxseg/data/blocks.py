@@ -7,7 +7,9 @@ import threading
 
 import numpy as np
 
-# A patch should touch few voxels that it does not need, and not too many records.
+# A patch should touch few voxels that it does not need, and not too many records. CPU time to read
+# a 2D region of 230 x 230, and a 3D one of 100 x 100 x 100, on two cores: 5 and 22 ms; with blocks
+# of 64 x 64 x 64 30 and 21, of 128 x 128 x 8 7 and 39, of 128 x 128 x 1 2 and 51.
 BLOCK_VOXELS = 1 << 15
 BLOCK_DEPTH = 8
 

@@ -348,6 +348,7 @@ def _make_parts(parts, make_part, progress):
         pool = concurrent.futures.ProcessPoolExecutor(
             num_workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
         )
+        next(shown_cases)  # starts the clock of progress: the first cases are being prepared
         try:
             for count in pool.map(make_part, parts, parts.values()):
                 next(itertools.islice(shown_cases, count, None), None)

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import pathlib
 import subprocess
 import sys
 import threading
@@ -99,7 +98,7 @@ def batches(store, case_ids, num_steps):
     config = base_config(rank=rank)
     return train_batches(
         store, case_ids, seed=0, start_step=0, num_steps=num_steps, batch_size=2,
-        patch_size=tuple(config.data.patch_size), num_channels=1, foreground_fraction=0.33,
+        patch_size=(96 // rank,) * rank, num_channels=1, foreground_fraction=0.33,
         augment_params=config.augment.to_dict(),
     )
 
@@ -206,7 +205,7 @@ def test_batches_of_a_set_larger_than_memory(large_prepared, rank):
 @pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="limits what Linux counts")
 def test_a_set_larger_than_memory_is_prepared_and_read(tmp_path):
-    root = make_large_set(pathlib.Path(tmp_path / "msd"), 40, (256, 256, 96))
-    found = read_under_a_limit(tmp_path / "cache", root, limit_mib=512, cache_mib=64)
+    root = make_large_set(tmp_path / "msd", 72, (128, 128, 96))
+    found = read_under_a_limit(tmp_path / "cache", root, limit_mib=256, cache_mib=32)
     assert found["num_batches"] == 20 and found["refused"]
-    assert found["data_bytes"] > 2 * (512 << 20)
+    assert found["data_bytes"] > 2 * (256 << 20)
