@@ -391,7 +391,11 @@ def _regex_problems(name, value):
 
 
 def _data_problems(config):
-    problems = []
+    problems = [
+        f"{name} {path!r} is the address of an object store: mount it, and give that folder"
+        for name, path in (("workdir", config.workdir), ("data.dir", config.data.dir))
+        if "://" in path
+    ]
     data, split = config.data, config.split
     rank = len(data.patch_size)
     if rank not in (2, 3):

@@ -106,7 +106,7 @@ def load_data(config, log):
     Raises:
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
-    cache_dir = os.path.expanduser(config.data.cache_dir)
+    cache_dir = builder.local_folder(config.data.cache_dir)
     try:
         dataset = find_dataset(config, cache_dir, log)
     except cases.DatasetProblems as problems:

@@ -74,20 +74,18 @@ def main(argv):
         if _DISTRIBUTED.value:
             join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         stopped_by = train(_CONFIG.value)
-    except EXPECTED as error:
-        _exit(str(error))
-    except jax.errors.JaxRuntimeError as error:
-        if not _DISTRIBUTED.value:
-            raise
-        _exit(
-            "another process of this run has died or can not be reached: "
-            f"{str(error).splitlines()[0]}. What was saved is kept; start all processes again, as "
-            "many as you like, and they go on from the last checkpoint",
-            status=3,
-        )
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", status=130)
-    except Exception:
+    except Exception as error:
+        if _DISTRIBUTED.value and _comes_from_another(error):
+            _exit(
+                "another process of this run has died or can not be reached: "
+                f"{str(error).splitlines()[0]}. What was saved is kept; start all processes again, "
+                "as many as you like, and they go on from the last checkpoint",
+                status=3,
+            )
+        if isinstance(error, EXPECTED):
+            _exit(str(error))
         if not _DISTRIBUTED.value:
             raise
         traceback.print_exc()
@@ -149,6 +147,13 @@ def _problem_of(parse):
     except (flags.Error, TypeError, ValueError, OSError) as error:
         return str(error)
     return None
+
+
+def _comes_from_another(error):
+    """Whether a process was lost; what gloo says of it is raised as errors of several types."""
+    text = str(error)
+    is_lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
+    return is_lost or "Gloo" in text
 
 
 def _exit(message, status=2):

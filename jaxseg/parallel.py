@@ -213,5 +213,8 @@ def gather_from_processes(array):
 
 
 def barrier(name):
-    """Waits until every process has come here."""
+    """Waits until every process has come here.
+
+    On CPUs gloo gives up after XLA's `xla_cpu_collective_timeout_seconds`, half an hour.
+    """
     multihost_utils.sync_global_devices(name)

@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys

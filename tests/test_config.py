@@ -178,6 +178,8 @@ def test_fields_of_another_model_are_a_problem():
         ({"data__label_values": (0, 1, 2)}, "data.label_values has 3 entries"),
         ({"data__kind": "images"}, "--config.data.dir=DIR"),
         ({"data__kind": "images", "data__dir": "d", "data__label_pattern": "m.png"}, "{case}"),
+        ({"workdir": "gs://bucket/run"}, "workdir 'gs://bucket/run' is the address of an object"),
+        ({"data__dir": "s3://bucket"}, "data.dir 's3://bucket' is the address of an object"),
         ({"parallel__virtual_shards": 3}, "virtual_shards 3 must be a power of two"),
         ({"parallel__virtual_shards": 32}, "divisible by parallel.virtual_shards 32"),
         ({"parallel__virtual_shards": 4, "optim__accumulate_steps": 2}, "accumulate_steps to 1"),

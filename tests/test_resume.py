@@ -19,10 +19,22 @@ NUM_STEPS = 8
 
 @pytest.fixture
 def config(tmp_path, make_msd_folder):
+    return tiny_config(tmp_path, make_msd_folder())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, finished_run):
+    """Config of a run that is complete; tests leave it so."""
+    config = tiny_config(tmp_path_factory.mktemp("trained"), finished_run[1])
+    assert train.train(config) is None
+    return config
+
+
+def tiny_config(folder, data):
     config = base_config("unet")
-    config.workdir = str(tmp_path / "run")
-    config.data.dir = str(make_msd_folder())
-    config.data.cache_dir = str(tmp_path / "cache")
+    config.workdir = str(folder / "run")
+    config.data.dir = str(data)
+    config.data.cache_dir = str(folder / "cache")
     config.data.patch_size = (16, 16)
     config.model.features = (4, 8)
     config.model.norm = "batch"
@@ -34,6 +46,10 @@ def config(tmp_path, make_msd_folder):
     config.train.eval_every = 4
     config.train.checkpoint_every = 2
     return config
+
+
+def copy_of(config):
+    return config.copy_and_resolve_references()
 
 
 def saved_state(config, step=NUM_STEPS):
@@ -58,53 +74,53 @@ def stop_after(monkeypatch, number, batches):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(config, monkeypatch, number):
-    interrupted = config.copy_and_resolve_references()
-    interrupted.workdir += "_interrupted"
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
+    trained, tmp_path, monkeypatch, number
+):
+    config = copy_of(trained)
+    config.workdir = str(tmp_path / "interrupted")
     handler = signal.getsignal(signal.SIGINT)
-    assert train.train(config) is None
-
     with monkeypatch.context() as patch:
         stop_after(patch, number, batches=4)
-        assert train.train(interrupted) == number
-    manager = checkpoint.open_checkpoints(f"{interrupted.workdir}/checkpoints", keep=2)
+        assert train.train(config) == number
+    manager = checkpoint.open_checkpoints(f"{config.workdir}/checkpoints", keep=2)
     stopped_at = manager.latest_step()
     manager.close()
     assert 0 < stopped_at < NUM_STEPS
-    assert "run the same command" in pathlib.Path(interrupted.workdir, "train.log").read_text()
+    assert "run the same command" in pathlib.Path(config.workdir, "train.log").read_text()
 
-    assert train.train(interrupted) is None
-    for expected, actual in zip(saved_state(config), saved_state(interrupted), strict=True):
+    assert train.train(config) is None
+    for expected, actual in zip(saved_state(trained), saved_state(config), strict=True):
         np.testing.assert_array_equal(actual, expected)
+    assert writers.read_trace(config.workdir) == writers.read_trace(trained.workdir)
     assert signal.getsignal(signal.SIGINT) is handler
-    steps = [row["step"] for row in writers.read_metrics(interrupted.workdir) if "loss" in row]
+    steps = [row["step"] for row in writers.read_metrics(config.workdir) if "loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == NUM_STEPS
 
 
-def test_same_seed_same_parameters_other_seed_other_parameters(config):
-    states = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        again = config.copy_and_resolve_references()
-        again.workdir, again.seed = f"{config.workdir}_{name}", seed
-        train.train(again)
-        states.append(saved_state(again))
+def test_same_seed_same_parameters_other_seed_other_parameters(trained, tmp_path):
+    states = [saved_state(trained)]
+    for seed in (0, 1):
+        config = copy_of(trained)
+        config.workdir, config.seed = str(tmp_path / str(seed)), seed
+        train.train(config)
+        states.append(saved_state(config))
     assert all(np.array_equal(a, b) for a, b in zip(*states[:2], strict=True))
     assert not all(np.array_equal(a, c) for a, c in zip(states[0], states[2], strict=True))
 
 
-def test_finished_run_is_evaluated_again_but_not_trained(config, monkeypatch):
-    train.train(config)
-    before = saved_state(config)
-    os.remove(f"{config.workdir}/test.json")
-    monkeypatch.setattr(train.parallel, "pmap_train_step", lambda step: None)
-    train.train(config)
-    assert os.path.exists(f"{config.workdir}/test.json")
-    for expected, actual in zip(before, saved_state(config), strict=True):
+def test_finished_run_is_evaluated_again_but_not_trained(trained, monkeypatch):
+    before = saved_state(trained)
+    os.remove(f"{trained.workdir}/test.json")
+    monkeypatch.setattr(train.parallel, "map_train_step", lambda step, layout: None)
+    train.train(trained)
+    assert os.path.exists(f"{trained.workdir}/test.json")
+    for expected, actual in zip(before, saved_state(trained), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_another_config_is_refused_with_the_difference(config):
-    train.train(config)
+def test_another_config_is_refused_with_the_difference(trained):
+    config = copy_of(trained)
     config.model.features = (4, 16)
     config.train.log_every = 1  # free to change
     with pytest.raises(train.RunProblem) as caught:
@@ -113,16 +129,17 @@ def test_another_config_is_refused_with_the_difference(config):
     assert "log_every" not in str(caught.value)
 
 
-def test_other_data_is_refused(config):
-    train.train(config)
-    path = os.path.join(config.data.dir, "dataset.json")
-    with open(path) as file:
-        metadata = json.load(file)
+def test_other_data_is_refused(trained):
+    path = pathlib.Path(trained.data.dir, "dataset.json")
+    original = path.read_text()
+    metadata = json.loads(original)
     metadata["labels"]["2"] = "renamed"
-    with open(path, "w") as file:
-        json.dump(metadata, file)
-    with pytest.raises(train.RunProblem, match="fingerprint"):
-        train.train(config)
+    path.write_text(json.dumps(metadata))
+    try:
+        with pytest.raises(train.RunProblem, match="fingerprint"):
+            train.train(trained)
+    finally:
+        path.write_text(original)
 
 
 def test_nothing_is_refused_before_the_first_checkpoint(config, monkeypatch):

@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 
 import numpy as np
@@ -295,6 +296,21 @@ def test_a_write_that_fails_changes_nothing(tmp_path, write, error, existed):
         write(str(path))
     assert list(tmp_path.iterdir()) == ([path] if existed else [])
     assert not existed or path.read_text() == "old"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    (tmp_path / writers.LOG_NAME).symlink_to("/dev/full")
+    log = RunLog(str(tmp_path))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/train.log'"):
+        log.text("a")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        log.close()  # what was not written is tried again
+    for write in (writers.write_text, lambda path, text: writers.write_csv(path, [{text: 1}])):
+        (tmp_path / f".{os.getpid()}.scores").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/scores'"):
+            write(str(tmp_path / "scores"), "a")
+    assert [path.name for path in tmp_path.iterdir()] == [writers.LOG_NAME]
 
 
 def test_csv_is_what_csv_reads(tmp_path):
