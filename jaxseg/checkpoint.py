@@ -150,7 +150,7 @@ def digest(state):
     """SHA-256, in hexadecimal, of name, type, shape and bytes of every array in a TrainState."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    return _digest_of_arrays((name, _on_host(named[name])) for name in sorted(named))
+    return _digest_of_arrays((name, jax.device_get(named[name])) for name in sorted(named))
 
 
 def load_variables(directory, step=None):
@@ -298,12 +298,6 @@ def _read_json(path):
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _on_host(leaf):
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated or leaf.is_fully_addressable):
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
 
 
 def _metric(metrics):

@@ -598,6 +598,10 @@ def _ensemble_problems(config):
         problems.append(
             "ensemble.size, ensemble.folds and a list of optim.learning_rate exclude each other"
         )
+    if is_sweep and len(set(rate)) < len(rate):
+        problems.append(f"optim.learning_rate {rate!r} must not list a rate twice")
+    if ensemble.folds and config.split.fold:
+        problems.append("ensemble.folds trains every fold: set split.fold to 0")
     if ensemble.folds == 1:
         problems.append("ensemble.folds must be at least 2, or 0")
     if ensemble.folds and config.split.num_folds not in (0, ensemble.folds):

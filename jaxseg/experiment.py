@@ -41,18 +41,13 @@ def kind_of_members(config):
 
 def members_of(config):
     """The members that one run trains, as a tuple; each is what that run alone would train."""
-    rates = config.optim.learning_rate
-    alone = Member(config.seed, config.split.fold, None)
-    return {
-        "seeds": lambda: tuple(
-            Member(config.seed + i, config.split.fold, rates) for i in range(config.ensemble.size)
-        ),
-        "folds": lambda: tuple(
-            Member(config.seed, fold, rates) for fold in range(config.ensemble.folds)
-        ),
-        "rates": lambda: tuple(dataclasses.replace(alone, learning_rate=rate) for rate in rates),
-        "single": lambda: (dataclasses.replace(alone, learning_rate=rates),),
-    }[kind_of_members(config)]()
+    seed, fold, rate = config.seed, config.split.fold, config.optim.learning_rate
+    if config.ensemble.folds:
+        return tuple(Member(seed, fold, rate) for fold in range(config.ensemble.folds))
+    rates = rate if isinstance(rate, list | tuple) else (rate,)
+    return tuple(
+        Member(seed + index, fold, rate) for rate in rates for index in range(config.ensemble.size)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +108,8 @@ def load_data(config, log):
         raise _with_content_problems(problems, log) from None
     splits_of = {fold: make_split(config, dataset, fold) for fold in _folds_of(config)}
     split = next(iter(splits_of.values()))
+    if config.ensemble.folds:
+        splits.check_folds(list(splits_of.values()))
     # Folds share one preparation, so none is measured on its own training cases alone.
     planned = split["train"] + (split["val"] if _cross_validates(config, dataset) else [])
     store, plan, fingerprint = builder.prepare(
@@ -228,17 +225,20 @@ def check_initial_weights(config):
         weights.read_weights(path)
 
 
-def load_initial_weights(config, state, log):
-    """Puts the weights that `config.init` names into a fresh TrainState; says what fitted.
+def load_initial_weights(config, states, log):
+    """Puts the weights that `config.init` names into fresh TrainStates; says what fitted.
 
     Raises:
       WeightsProblem, TransferProblem: the file can not be read, or does not fit.
     """
     source = weights.read_weights(os.path.expanduser(config.init.checkpoint))
-    target = {"params": state.params, "batch_stats": state.batch_stats}
-    variables, report = transfer.adapt(source, target, strict=config.init.strict)
+    loaded = []
+    for state in states:
+        target = {"params": state.params, "batch_stats": state.batch_stats}
+        variables, report = transfer.adapt(source, target, strict=config.init.strict)
+        loaded.append(state.replace(**variables))
     log.text(f"weights from {config.init.checkpoint}\n{report}")
-    return state.replace(**variables)
+    return loaded
 
 
 def create_members(config, model, tx, image_shape, log=None):
@@ -260,7 +260,7 @@ def create_members(config, model, tx, image_shape, log=None):
     )
     states = create_train_states(model, tx, init_keys, image_shape)
     if config.init.checkpoint and log is not None:
-        states = [load_initial_weights(config, state, log) for state in states]
+        states = load_initial_weights(config, states, log)
     rates = [jnp.float32(member.learning_rate) for member in members]
     if len(members) == 1:
         return states[0], step_keys[0], rates[0]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 
-import jax
 import numpy as np
 
 from jaxseg import (
@@ -78,19 +77,6 @@ class ValidationCases:
             yield prediction, reference, geometry.spacing_mm_from_affine(affine)
 
 
-def members_of(state, num_members):
-    """The weights of a TrainState as `program` takes them.
-
-    Args:
-      state: TrainState; its leaves have a leading axis of members if there are several.
-      num_members: of the run.
-    Returns:
-      {"params", "batch_stats"}: leaves [num_members, ...].
-    """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return variables if num_members > 1 else jax.tree.map(lambda x: x[None], variables)
-
-
 def finish(run, state):
     """Chooses post-processing and temperature on validation cases, then evaluates the network.
 
@@ -108,7 +94,7 @@ def finish(run, state):
     """
     kind = experiment.kind_of_members(run.config)
     step, has_test = int(np.max(state.step)), bool(run.data.split["test"])
-    variables = parallel.replicate(members_of(state, len(run.members)))
+    variables = parallel.replicate(predictor_lib.member_weights(state, len(run.members)))
     chosen = members = None
     if kind == "rates":
         scores_of_members = score_members(run, variables, "val", [])
@@ -225,7 +211,7 @@ def score_members(run, variables, set_name, steps):
 
     Args:
       run: `jaxseg.train.Run`.
-      variables: from `members_of`.
+      variables: from `predictor.member_weights`.
       set_name: "val" or "test".
       steps: post-processing.
     Returns:

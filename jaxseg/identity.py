@@ -28,7 +28,7 @@ SETTINGS = (
 
 def versions():
     """Versions of what computed a result: packages, Python, and the device."""
-    found = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+    found = {name: _version(name) for name in VERSIONS_OF}
     device = jax.devices()[0]
     return found | {
         "python": platform.python_version(),
@@ -48,6 +48,7 @@ def describe(config_json, fingerprint):
         "config": hashlib.sha256(config_json.encode()).hexdigest(),
         "data": fingerprint,
         "seed": json.loads(config_json)["seed"],
+        "parallel": json.loads(config_json)["parallel"],
         "source": source_revision(),
         "versions": versions() | {name: _version(name) for name in RUNTIMES},
         "backend": jax.default_backend(),
@@ -62,7 +63,9 @@ def describe(config_json, fingerprint):
 
 
 def record(workdir, first_step, description):
-    """Appends a session, which goes on from `first_step`, to the identity of the run.
+    """Adds a session, which goes on from `first_step`, to the identity of the run.
+
+    It takes the place of those that began there or later, whose steps are done again.
 
     Args:
       workdir: existing folder.
@@ -71,7 +74,7 @@ def record(workdir, first_step, description):
     Raises:
       OSError: the file can not be written.
     """
-    sessions = read_sessions(workdir)
+    sessions = [s for s in read_sessions(workdir) if s["first_step"] < first_step]
     sessions.append({"first_step": first_step} | description)
     writers.write_json(os.path.join(workdir, NAME), {"sessions": sessions})
 

@@ -67,7 +67,7 @@ def create_layout(mode="pmap", num_members=1, space=1):
       ValueError: `space` does not divide the devices of a process.
     """
     has_members = num_members > 1
-    devices = np.asarray(jax.devices())
+    devices = np.asarray(sorted(jax.devices(), key=lambda d: (d.process_index, d.id)))
     if mode == "pmap":
         return Layout(Mesh(devices, (AXIS_NAME,)), has_members)
     num_local = jax.local_device_count()
@@ -152,20 +152,6 @@ def replicate(tree):
     """Places a tree of arrays on every device of this process."""
     mesh = Mesh(np.asarray(jax.local_devices()), (AXIS_NAME,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def to_host(tree):
-    """A tree of arrays on devices as NumPy arrays, whole in every process."""
-
-    def fetch(x):
-        if x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        whole = np.empty(x.shape, x.dtype)
-        for shard in x.addressable_shards:  # each process has all members
-            whole[shard.index] = shard.data
-        return whole
-
-    return jax.tree.map(fetch, tree)
 
 
 def shard(batch, layout):

@@ -107,6 +107,19 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
     )
 
 
+def member_weights(state, num_members):
+    """The weights of a TrainState as `program` takes them.
+
+    Args:
+      state: TrainState; its leaves have a leading axis of members if there are several.
+      num_members: of the run.
+    Returns:
+      {"params", "batch_stats"}: leaves [num_members, ...].
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return variables if num_members > 1 else jax.tree.map(lambda x: x[None], variables)
+
+
 def member_alone(variables, index):
     """One of several sets of weights, leaves [M, ...], as an ensemble of one."""
     return jax.tree.map(lambda x: x[index : index + 1], variables)

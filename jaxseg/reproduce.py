@@ -17,10 +17,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import flags, logging
 from tqdm import tqdm
 
-from jaxseg import command, identity, train, writers
+from jaxseg import command, experiment, identity, train, writers
 from jaxseg import config as config_lib
 from jaxseg.data.cases import DatasetProblems
 from jaxseg.data.splits import SplitProblem
+from jaxseg.optim import GroupProblem
 from jaxseg.transfer import TransferProblem
 from jaxseg.weights import WeightsProblem
 
@@ -58,12 +59,14 @@ def reproduce(workdir, num_steps=None, *, say):
             f"{os.path.join(workdir, writers.TRACE_NAME)} has {len(recorded)} steps, not step "
             f"{missing[0]}; choose a smaller --num_steps, or a run that was recorded"
         )
+    log = writers.SilentLog()
+    data = experiment.load_data(config, log)
+    now = identity.describe(config_json, data.fingerprint)
     for session in identity.read_sessions(workdir):
-        now = identity.describe(config_json, session["data"])
         for line in identity.differences(session, now):
             say(f"the run from step {session['first_step'] + 1} on -> now: {line}")
 
-    rows = train.replay(config, writers.SilentLog(), num_steps)
+    rows = train.replay(config, data, log, num_steps)
     for row in tqdm(rows, total=num_steps, unit="step", disable=None):
         found = differences(recorded[row["step"]], row)
         if found:
@@ -106,6 +109,7 @@ def main(argv):
     except (
         config_lib.ConfigProblems,
         DatasetProblems,
+        GroupProblem,
         OSError,
         ReproduceProblem,
         SplitProblem,

@@ -10,10 +10,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from jaxseg.losses import supervise
+
+PLACE_FACTOR = 2654435761  # 2^32 / golden ratio (Knuth): places of few digits spread far apart
 
 
 def train_step(
@@ -105,7 +108,7 @@ def train_step(
     return new_state, {
         "loss": loss,
         "grad_norm": grad_norm,
-        "batch_checksum": _psum(checksum(batch), axes),
+        "batch_checksum": _psum(checksum(batch, _start(batch, axis_name, space_axis)), axes),
         "params_checksum": checksum(new_state.params),
     }
 
@@ -136,10 +139,28 @@ def over_members(step, by):
     return lambda *arguments: lax.map(lambda one: step(*one), arguments)
 
 
-def checksum(tree):
-    """Sum modulo 2^32 of the bits of all leaves, of four bytes per number, as uint32."""
-    words = (lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in jax.tree.leaves(tree))
-    return sum(jnp.sum(word, dtype=jnp.uint32) for word in words)
+def checksum(tree, start=()):
+    """Sum modulo 2^32 of the bits of all numbers, each times an odd number for its place.
+
+    Args:
+      tree: arrays of four-byte numbers.
+      start: where each of these begins in an array of which it is a part, along the first axes. The
+        checksum of the whole is the sum of those of its parts.
+    Returns:
+      uint32 scalar.
+    """
+
+    def of(leaf):
+        factor = jnp.uint32(1)
+        for axis in range(leaf.ndim):
+            place = lax.iota(jnp.uint32, leaf.shape[axis])
+            if axis < len(start):
+                place += jnp.uint32(start[axis])
+            stride = PLACE_FACTOR ** (axis + 1) % 2**32
+            factor += jnp.expand_dims(2 * place * np.uint32(stride), range(1, leaf.ndim - axis))
+        return jnp.sum(lax.bitcast_convert_type(leaf, jnp.uint32) * factor, dtype=jnp.uint32)
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
 def _one_after_the_other(sums, state, batch, num_parts):
@@ -231,6 +252,14 @@ def _sum_over_examples(loss_fn, logits, batch, space_axis):
     loss = supervise(loss_fn, logits, batch["label"], batch["valid"], space_axis)
     total = jnp.sum(jnp.where(counts, loss, 0.0)) / sharers
     return total, counts.astype(jnp.float32).sum() / sharers
+
+
+def _start(batch, axis_name, space_axis):
+    """Where this device's part of the batch begins, along examples and the first spatial axis."""
+    return tuple(
+        0 if axis is None else lax.axis_index(axis) * size
+        for axis, size in zip((axis_name, space_axis), batch["valid"].shape, strict=False)
+    )
 
 
 def _psum(tree, axes):

@@ -17,6 +17,7 @@ from jaxseg.data import pipeline, splits
 from jaxseg.data.volumes import read_image, read_label
 from jaxseg.models.summary import summarise_model
 from jaxseg.ownership import owning
+from jaxseg.predictor import member_alone, member_weights
 
 
 class RunProblem(RuntimeError):
@@ -136,7 +137,7 @@ def describe_data(data):
             "modalities": data.dataset.modalities,
             "num_channels": data.num_channels,
             "fingerprint": data.fingerprint,
-            "split": data.split if len(data.splits) == 1 else data.splits,
+            "split": data.split if all(s == data.split for s in data.splits) else data.splits,
         }
     )
 
@@ -175,7 +176,7 @@ def _train(config, workdir, manager, log):
         state, stopped_by = fit(run, state, first_step, stop_at)
     if stopped_by:
         return stopped_by
-    state = parallel.to_host(state_to_evaluate(run, state))
+    state = jax.device_get(state_to_evaluate(run, state))
     if jax.process_index() == 0:
         finish.finish(run, state)
     return None
@@ -307,6 +308,7 @@ def stop_requests():
     """
     if jax.process_count() > 1:
         yield lambda step: signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of no use to JAX after the last step
         return
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -357,7 +359,8 @@ def fit(run, state, first_step, stop_at):
             pending = []
             first = step - len(values) + 1
             log.trace([writers.trace_row(n, row) for n, row in enumerate(values, start=first)])
-            means = mean_metrics(values, step)
+            is_sweep = experiment.kind_of_members(config) == "rates"
+            means = mean_metrics(values, step, enough=np.any if is_sweep else np.all)
             means["images_per_s"] = progress.report(step, means)
             log.scalars(step, means)
         if evaluate_now:
@@ -376,17 +379,21 @@ def fit(run, state, first_step, stop_at):
     return state, stopping
 
 
-def replay(config, log, num_steps):
+def replay(config, data, log, num_steps):
     """Trains from the beginning, and writes nothing.
 
     Args:
       config: validated ConfigDict.
+      data: `jaxseg.experiment.Data`.
       log: where to say what is done.
       num_steps: steps to do.
     Yields:
       The row of `jaxseg.writers.trace_row` of each step.
+    Raises:
+      RunProblem, ConfigProblems: the devices can not share the batch.
+      GroupProblem, WeightsProblem, TransferProblem: as `train`.
     """
-    data = experiment.load_data(config, log)
+    check_batch_size(config, experiment.create_layout(config))
     run, state = create_run(config, data, log, fresh=True)
     batches = training_batches(run, 0, num_steps)
     for step, batch in enumerate(parallel.prefetch_to_device(batches, run.layout), start=1):
@@ -394,24 +401,28 @@ def replay(config, log, num_steps):
         yield writers.trace_row(step, jax.device_get(step_metrics))
 
 
-def mean_metrics(values, last_step):
+def mean_metrics(values, last_step, *, enough=np.all):
     """Means over steps, and over members; of several members also each one's loss.
 
     Args:
       values: metrics of one step after the other, on the host; the last is of `last_step`.
       last_step: number of the last step.
+      enough: of which members they must be finite: `np.all`, or `np.any` where one will be chosen.
     Raises:
       RunProblem: the loss or the gradient of a step was not finite.
     """
     for step, row in enumerate(values, start=last_step - len(values) + 1):
-        if not (np.isfinite(row["loss"]).all() and np.isfinite(row["grad_norm"]).all()):
+        if not enough(np.isfinite(row["loss"]) & np.isfinite(row["grad_norm"])):
             raise RunProblem(
                 f"the loss of step {step} is {row['loss']}, its gradient's norm "
                 f"{row['grad_norm']}: the last checkpoint before it is kept. "
                 "Lower --config.optim.learning_rate, or set --config.optim.clip_norm, in a new "
                 "--config.workdir"
             )
-    means = {name: float(np.mean([v[name] for v in values])) for name in ("loss", "grad_norm")}
+    means = {
+        name: _of_finite(np.mean, np.ravel([row[name] for row in values]))
+        for name in ("loss", "grad_norm")
+    }
     if np.ndim(values[0]["loss"]):
         means["member_loss"] = np.mean([row["loss"] for row in values], axis=0).tolist()
     return means
@@ -428,24 +439,30 @@ def validate(run, state, val_batches):
       state: TrainState on the devices.
       val_batches: of `validation_batches`, on the devices.
     """
-    sums = [parallel.to_host(run.eval_step(state, batch)) for batch in val_batches]
+    sums = jax.device_get([run.eval_step(state, batch) for batch in val_batches])
     loss = sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)
     num_members = len(run.members)
-    variables = parallel.replicate(finish.members_of(parallel.to_host(state), num_members))
+    variables = parallel.replicate(member_weights(jax.device_get(state), num_members))
     dice = [
-        validation_dice(run, jax.tree.map(lambda x, m=member: x[m : m + 1], variables), member)
+        validation_dice(run, member_alone(variables, member), member)
         for member in range(num_members)
     ]
     if num_members == 1:
         return {"val_loss": float(loss), "val_dice": dice[0]}
-    best_of = experiment.kind_of_members(run.config) == "rates"
+    is_sweep = experiment.kind_of_members(run.config) == "rates"
     losses = np.asarray(loss, float).tolist()
     return {
-        "val_loss": float(min(losses) if best_of else np.mean(losses)),
-        "val_dice": float(np.nanmax(dice) if best_of else np.mean(dice)),
+        "val_loss": _of_finite(min if is_sweep else np.mean, losses),
+        "val_dice": _of_finite(max if is_sweep else np.mean, dice),
         "member_val_loss": losses,
         "member_val_dice": dice,
     }
+
+
+def _of_finite(function, values):
+    """What the function makes of those values that are finite; NaN if none is."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(function(finite)) if finite else float("nan")
 
 
 def validation_dice(run, variables, member):

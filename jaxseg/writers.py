@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import socket
 import sys
 import time
 
@@ -164,7 +165,7 @@ def replacing(path):
     No two processes share that name. It ends as `path` does, since a suffix can choose the format.
     """
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
+    temporary = os.path.join(folder, f".{socket.gethostname()}.{os.getpid()}.{name}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -202,6 +202,11 @@ def test_fields_of_another_model_are_a_problem():
         ({"optim__learning_rate": "fast"}, "optim.learning_rate must be positive"),
         ({"optim__learning_rate": [1e-3, 2e-3], "ensemble__size": 2}, "exclude each other"),
         ({"ensemble__size": 2, "ensemble__folds": 5}, "exclude each other"),
+        ({"optim__learning_rate": [1e-3, 1e-3]}, "must not list a rate twice"),
+        (
+            {"ensemble__folds": 5, "split__num_folds": 5, "split__fold": 2},
+            "ensemble.folds trains every fold",
+        ),
         ({"ensemble__folds": 1}, "ensemble.folds must be at least 2"),
         ({"ensemble__folds": 5, "split__num_folds": 4}, "must be ensemble.folds 5"),
         ({"ensemble__size": 3, "seed": 2**31 - 2}, "must not pass 2^31"),

@@ -144,7 +144,7 @@ def train_for(num_steps, layout, step, states, seeds):
     state, key, rate = parallel.place(several if layout.has_members else alone, layout)
     for batch in parallel.prefetch_to_device(map(batch_of, range(num_steps)), layout):
         state, _ = step(state, batch, key, rate)
-    return parallel.to_host(state)
+    return jax.device_get(state)
 
 
 def stacked(trees):

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import types
 
 import numpy as np
 import pytest
 
-from jaxseg import identity, reproduce, train, writers
+from jaxseg import experiment, identity, reproduce, train, writers
 from jaxseg.config import base_config, to_json
 
 
@@ -43,15 +44,17 @@ def replay_as(monkeypatch):
     """Function that sets what a replay gives: changes of the metrics of steps."""
     calls = []
 
-    def replay_as(changes=None, num_members=None):
-        def replay(config, log, num_steps):
+    def replay_as(changes=None, num_members=None, fingerprint="f" * 64):
+        def replay(config, data, log, num_steps):
             calls.append((to_json(config), type(log), num_steps))
             for step in range(1, num_steps + 1):
                 metrics = metrics_of(step, num_members) | (changes or {}).get(step, {})
                 calls.append(step)
                 yield writers.trace_row(step, metrics)
 
-        monkeypatch.setattr(train, "replay", replay, raising=False)
+        data = types.SimpleNamespace(fingerprint=fingerprint)
+        monkeypatch.setattr(experiment, "load_data", lambda config, log: data)
+        monkeypatch.setattr(train, "replay", replay)
         return calls
 
     return replay_as
@@ -71,6 +74,13 @@ def test_a_run_that_agrees(make_run, replay_as, capsys, tmp_path):
     assert (status, output) == (0, "all 6 steps agree to the bit\n")
     assert calls == [(to_json(base_config()), writers.SilentLog, 6), 1, 2, 3, 4, 5, 6]
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_other_data_are_named(make_run, replay_as, capsys):
+    workdir = make_run()
+    replay_as(fingerprint="0" * 64)
+    _, output, _ = run(f"--workdir={workdir}", capsys=capsys)
+    assert f"data: '{'f' * 64}' -> '{'0' * 64}'" in output
 
 
 def test_fewer_steps(make_run, replay_as, capsys):

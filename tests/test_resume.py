@@ -174,10 +174,10 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, monkey
 def test_a_signal_while_waiting_for_the_device_is_not_taken_for_saved(config, monkeypatch):
     original = train.mean_metrics
 
-    def interrupted(pending, last_step):
+    def interrupted(values, last_step, **options):
         if last_step == 3:  # a step that reports but does not save
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(pending, last_step)
+        return original(values, last_step, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "mean_metrics", interrupted)
@@ -209,3 +209,17 @@ def test_a_batch_that_devices_can_not_share_is_refused(config):
     config.optim.accumulate_steps = 3
     with pytest.raises(train.RunProblem, match="multiple of 3"):
         train.train(config)
+
+
+def test_a_learning_rate_that_diverges_does_not_end_the_others():
+    rows = [
+        {"loss": np.float32([1.0, np.nan]), "grad_norm": np.float32([2.0, 3.0])},
+        {"loss": np.float32([3.0, np.inf]), "grad_norm": np.float32([4.0, np.nan])},
+    ]
+    with pytest.raises(train.RunProblem, match="loss of step 6"):
+        train.mean_metrics(rows, 7)
+    means = train.mean_metrics(rows, 7, enough=np.any)
+    assert (means["loss"], means["grad_norm"]) == (2.0, 3.0)
+    rows[1]["loss"][0] = np.nan
+    with pytest.raises(train.RunProblem, match="loss of step 7"):
+        train.mean_metrics(rows, 7, enough=np.any)

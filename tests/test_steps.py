@@ -149,8 +149,12 @@ def test_step_follows_the_mean_over_examples_that_count_however_they_are_spread(
 
 def test_batch_norm_and_dropout_do_not_depend_on_devices_while_accumulating():
     model, batch = Pixelwise(norm="batch", dropout=0.5), make_batch()
-    expected = run(model, batch, 1, accumulate_steps=2)
-    assert_same(run(model, batch, 4, accumulate_steps=2), expected)
+    (expected, expected_metrics), (state, metrics) = (
+        run(model, batch, num_devices, accumulate_steps=2) for num_devices in (1, 4)
+    )
+    assert_same(state, expected)
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
+    assert metrics["batch_checksum"] == expected_metrics["batch_checksum"]
 
 
 def test_running_statistics_follow_the_accumulated_parts_in_turn():
@@ -227,10 +231,29 @@ def test_the_learning_rate_scales_the_update():
     assert_same(moved[0.25], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_checksum_is_the_sum_of_the_bits():
+def test_checksum_is_the_sum_of_the_bits_by_place():
     tree = {"a": np.float32([1.5, -2.0]), "b": np.int32([[-1], [7]])}
-    words = np.concatenate([leaf.ravel().view(np.uint32) for leaf in tree.values()])
-    assert int(checksum(tree)) == int(words.astype(np.uint64).sum() % 2**32)
+    expected = 0
+    for leaf in tree.values():
+        for place, word in np.ndenumerate(leaf.view(np.uint32)):
+            factor = 1 + sum(2 * p * 2654435761 ** (k + 1) for k, p in enumerate(place))
+            expected += factor * int(word)
+    assert int(checksum(tree)) == expected % 2**32
+
+
+def test_checksum_sees_what_was_exchanged_and_adds_up_over_parts():
+    a = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
+    whole = int(checksum(a))
+    assert int(checksum(a[::-1])) != whole
+    assert int(checksum(a.swapaxes(0, 1).reshape(a.shape))) != whole
+    one_up, one_down = a.copy(), a.copy()
+    words = one_up.view(np.uint32)
+    words[0, 0, 0] += 1
+    words[1, 0, 0] -= 1
+    assert int(checksum(one_up)) != int(checksum(one_down)) == whole
+    parts = [(slice(i, i + 2), slice(j, j + 3)) for i in (0, 2) for j in (0, 3)]
+    summed = sum(int(checksum(a[i, j], (i.start, j.start))) for i, j in parts)
+    assert summed % 2**32 == whole
 
 
 @pytest.mark.parametrize("by", ["map", "vmap"])
@@ -275,7 +298,10 @@ def test_step_does_the_same_uncompiled():
     model = Pixelwise(norm="none")
     step = functools.partial(train_step, model=model, loss_fn=squared_error, tx=TX)
     args = make_state(model), make_batch(), jax.random.key(0)
-    assert_same(jax.jit(step)(*args), step(*args))
+    (state, metrics), (expected, expected_metrics) = jax.jit(step)(*args), step(*args)
+    assert_same(state, expected)
+    assert_same(metrics["loss"], expected_metrics["loss"])
+    assert metrics["batch_checksum"] == expected_metrics["batch_checksum"]
 
 
 def test_dropout_is_fixed_by_key_and_step():

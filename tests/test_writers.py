@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 
 import numpy as np
 import pytest
@@ -307,7 +308,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
         log.close()  # what was not written is tried again
     for write in (writers.write_text, lambda path, text: writers.write_csv(path, [{text: 1}])):
-        (tmp_path / f".{os.getpid()}.scores").symlink_to("/dev/full")
+        (tmp_path / f".{socket.gethostname()}.{os.getpid()}.scores").symlink_to("/dev/full")
         with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/scores'"):
             write(str(tmp_path / "scores"), "a")
     assert [path.name for path in tmp_path.iterdir()] == [writers.LOG_NAME]

@@ -1,6 +1,5 @@
 """Prepared cases on disk: verified and preprocessed once per (data, preprocessing), then reused."""
 
-import concurrent.futures
 import dataclasses
 import fcntl
 import functools
@@ -8,6 +7,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import threading
@@ -248,6 +248,7 @@ def prepare(
         {name: parts[name] for name in own},
         functools.partial(_make_part, plan=plan, border_weight=border_weight),
         functools.partial(progress, title="preprocessing"),
+        max(os.cpu_count() // process_count, 1),
     )
     barrier("parts")
     _check_shared(parts)
@@ -333,34 +334,72 @@ def _cut(dataset, folder):
     }
 
 
-def _make_parts(parts, make_part, progress):
+def _make_parts(parts, make_part, progress, most_workers):
     """Makes parts, one after the other or, where that is worth it, in several processes."""
     if not parts:
         return
     cases = [case for part in parts.values() for case in part.cases]
     shown_cases = iter(progress(cases))
-    num_workers = min(os.cpu_count(), len(parts), MAX_WORKERS)
+    num_workers = min(most_workers, len(parts), MAX_WORKERS)
     paths = [path for case in cases for path in (case.image_path, case.label_path)]
     if num_workers == 1 or sum(map(os.path.getsize, paths)) < POOL_BYTES:
         for folder, part in parts.items():
             make_part(folder, part, itertools.islice(shown_cases, len(part.cases)))
     else:
-        pool = concurrent.futures.ProcessPoolExecutor(
-            num_workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
-        )
         next(shown_cases)  # starts the clock of progress: the first cases are being prepared
-        try:
-            for count in pool.map(make_part, parts, parts.values()):
-                next(itertools.islice(shown_cases, count, None), None)
-        except concurrent.futures.process.BrokenProcessPool:
-            raise OSError(
-                f"{os.path.dirname(next(iter(parts)))}: one of {num_workers} processes that "
-                "prepare cases was killed, most likely for want of memory; run the same command "
-                "to go on with the parts that are left, with fewer CPU cores if it happens again"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for count in _made_by_workers(parts, make_part, num_workers):
+            next(itertools.islice(shown_cases, count, None), None)
     next(shown_cases, None)  # so that progress knows it is over
+
+
+def _made_by_workers(parts, make_part, num_workers):
+    """Lets processes make a share of the parts each; yields the number of cases of every part.
+
+    Each has a pipe of its own, so that one that is killed holds no lock that others wait for.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers, ears = [], []
+    try:
+        for index in range(num_workers):
+            ear, mouth = context.Pipe(duplex=False)
+            share = dict(list(parts.items())[index::num_workers])
+            worker = context.Process(target=_make_share, args=(share, make_part, mouth))
+            worker.start()
+            mouth.close()
+            workers.append(worker)
+            ears.append(ear)
+        while ears:
+            for ear in multiprocessing.connection.wait(ears):
+                try:
+                    told = ear.recv()
+                except (EOFError, ConnectionResetError):
+                    raise OSError(
+                        f"{os.path.dirname(next(iter(parts)))}: one of {num_workers} processes "
+                        "that prepare cases was killed, most likely for want of memory; run the "
+                        "same command to go on with the parts that are left, with fewer CPU cores "
+                        "if it happens again"
+                    ) from None
+                if isinstance(told, Exception):
+                    raise told
+                if told is None:
+                    ears.remove(ear)
+                else:
+                    yield told
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _make_share(share, make_part, mouth):
+    """What a worker does: tells the number of cases of each part, then None, or what went wrong."""
+    _end_with_parent()
+    try:
+        for folder, part in share.items():
+            mouth.send(make_part(folder, part))
+        mouth.send(None)
+    except Exception as error:
+        mouth.send(error)
 
 
 def _make_part(folder, part, shown_cases=None, *, plan, border_weight):

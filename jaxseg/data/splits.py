@@ -43,13 +43,13 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
         if fold not in range(len(content)):
             raise SplitProblem(
                 f"{path}: fold {fold} is missing, the file has {len(content)} folds, from 0; "
-                "mend --config.split.fold"
+                "mend --config.split.fold or --config.ensemble.folds"
             )
         content = content[fold]
     elif fold:
         raise SplitProblem(
             f"{path}: fold {fold} is missing, the file holds a single split; set "
-            "--config.split.fold=0, or write a list of splits"
+            "--config.split.fold=0 and --config.ensemble.folds=0, or write a list of splits"
         )
     if not isinstance(content, dict) or not content.get("train"):
         raise SplitProblem(f'{path}: has no list "train"; write {{"train": [...], "val": [...]}}')
@@ -66,6 +66,24 @@ def lists_folds(path):
     """Whether a file that `split_from_file` reads lists folds."""
     with open(path, encoding="utf-8") as file:
         return isinstance(json.load(file), list)
+
+
+def check_folds(folds):
+    """Raises SplitProblem unless folds share their test set, and validate each case once at most.
+
+    Otherwise the average of their members would be tested on cases that some were trained on.
+    """
+    if any(fold["test"] != folds[0]["test"] for fold in folds):
+        raise SplitProblem(
+            "the folds have different test sets, so their members can not be averaged on one: give "
+            "them one in --config.split.file, or train each by itself with --config.split.fold"
+        )
+    validated = collections.Counter(case for fold in folds for case in fold["val"])
+    if twice := sorted(case for case, count in validated.items() if count > 1):
+        raise SplitProblem(
+            f"several folds validate {', '.join(twice)}: put each case into the val set of one "
+            "fold in --config.split.file"
+        )
 
 
 def split_by_subject(

@@ -213,3 +213,23 @@ def test_unused_cases_are_in_no_set_and_may_share_a_subject_with_one(tmp_path):
     path.write_text(json.dumps({"train": ["a1"], "val": ["b1"], "unused": ["b1"]}))
     with pytest.raises(SplitProblem, match="leaves unused: b1"):
         split_from_file(path, ["a1", "b1"])
+
+
+def test_folds_with_other_test_sets_are_not_averaged():
+    folds = [
+        {"train": ["a", "b"], "val": ["c"], "test": ["d"]},
+        {"train": ["c", "d"], "val": ["a"], "test": ["b"]},
+    ]
+    with pytest.raises(SplitProblem, match="different test sets"):
+        splits.check_folds(folds)
+
+
+def test_folds_that_validate_a_case_twice_are_not_averaged():
+    folds = [
+        {"train": ["a"], "val": ["b", "c"], "test": []},
+        {"train": ["b"], "val": ["a", "c"], "test": []},
+    ]
+    with pytest.raises(SplitProblem, match="several folds validate c:"):
+        splits.check_folds(folds)
+    folds[1]["val"] = ["a"]
+    splits.check_folds(folds)
