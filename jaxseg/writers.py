@@ -154,7 +154,8 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or path
+        if error.errno is not None:  # else its text would be shown no more
+            error.filename = error.filename or path
         raise
 
 

@@ -463,11 +463,11 @@ def test_a_disk_that_takes_no_more(tmp_path, reasons):
 
 @pytest.mark.multiprocess
 def test_several_processes_save_together_and_fall_back_together(tmp_path):
-    """Two processes with a member each; then one process, which finds what they saved."""
+    """Two processes with two members each; then one process, which finds what they saved."""
     code = f"""
 import os, sys
 import jax, numpy as np
-jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+jax.config.update("jax_num_cpu_devices", 2)
 if sys.argv[1] == "1":
     jax.distributed.initialize("localhost:" + sys.argv[3], 2, int(sys.argv[2]))
 from jax.experimental.multihost_utils import sync_global_devices
@@ -477,7 +477,7 @@ from jaxseg.train_state import TrainState
 from pathlib import Path
 
 folder = Path({str(tmp_path / "checkpoints")!r})
-mesh = Mesh(np.asarray(jax.devices()), ("member",))
+mesh = Mesh(np.asarray(jax.devices()).reshape(-1, 2), ("batch", "member"))
 place = NamedSharding(mesh, PartitionSpec("member"))
 
 def state(step):
