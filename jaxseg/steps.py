@@ -55,7 +55,7 @@ def train_step(
       uint32 sums of bits, "batch_checksum" and "params_checksum" (after the update).
     """
     key = jax.random.fold_in(key, state.step)
-    axes = tuple(axis for axis in (axis_name, space_axis) if axis is not None)
+    axes = (axis_name, space_axis)
 
     def sums(batch_stats, part, index):
         """Of one part: gradients, loss, number of examples; and the statistics after it."""
@@ -121,7 +121,7 @@ def eval_step(state, batch, *, model, loss_fn, axis_name=None, space_axis=None):
     Returns:
       Dict of scalars "loss" and "count": the sum over examples of all devices, and their number.
     """
-    axes = tuple(axis for axis in (axis_name, space_axis) if axis is not None)
+    axes = (axis_name, space_axis)
     logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, batch["image"])
     sums = _sum_over_examples(loss_fn, logits, batch, space_axis)
     return dict(zip(("loss", "count"), _psum(sums, axes), strict=True))
@@ -263,4 +263,5 @@ def _start(batch, axis_name, space_axis):
 
 
 def _psum(tree, axes):
+    axes = tuple(axis for axis in axes if axis is not None)
     return lax.psum(tree, axes) if axes else tree

@@ -365,7 +365,7 @@ def fit(run, state, first_step, stop_at):
             log.scalars(step, means)
         if evaluate_now:
             scores = validate(run, state, val_batches)
-            shown = "  ".join(f"{n} {v:.4f}" for n, v in scores.items() if np.ndim(v) == 0)
+            shown = "  ".join(f"{n} {v:.4f}" for n, v in writers.without_lists(scores).items())
             log.text(f"step {step}: {shown}")
             log.scalars(step, scores)
         if save_now:
@@ -490,7 +490,7 @@ def save(run, step, state, scores):
         config_json=config_lib.to_json(run.config),
         plan_json=run.data.plan.to_json(),
         data=describe_data(run.data),
-        metrics=scores and {name: value for name, value in scores.items() if np.ndim(value) == 0},
+        metrics=scores and writers.without_lists(scores),
     )
 
 

@@ -60,7 +60,7 @@ class RunLog:
         self._append(self._metrics, METRICS_NAME, [json.dumps(row) + "\n"])
         if self._tensorboard is not None:
             with self._tensorboard.as_default():
-                for name, value in _scalars(values).items():
+                for name, value in without_lists(values).items():
                     self._summary.scalar(name, value, step)
 
     def trace(self, rows):
@@ -132,7 +132,7 @@ class StepProgress:
         seconds_per_step = (now - then) / max(step - last_step, 1)
         images_per_s = self._batch_size / max(seconds_per_step, 1e-9)
         eta_s = seconds_per_step * (self._num_steps - step)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in _scalars(values).items())
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in without_lists(values).items())
         self._log.text(
             f"step {step}/{self._num_steps}  {shown}  {images_per_s:.1f} images/s  "
             f"ETA {tqdm.format_interval(eta_s)}"
@@ -223,7 +223,8 @@ def _each(text_of, numbers):
     return text_of(numbers.item())
 
 
-def _scalars(values):
+def without_lists(values):
+    """Those of a dict's values that are single numbers, not one for each member."""
     return {name: value for name, value in values.items() if np.ndim(value) == 0}
 
 
