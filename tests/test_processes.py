@@ -295,29 +295,19 @@ def test_two_processes_do_what_one_does(lab, alone):
     assert_same_cases(settings, lab.settings("alone"))
 
 
-def test_killed_process_stops_the_other_and_one_goes_on_alone(lab, alone):
-    settings = lab.settings("killed", **STRICT)
-    ended = lab.run(2, settings, actions={1: KILL})
-    assert ended[1].status == -signal.SIGKILL
-    assert_stopped(ended, died=1)
+@pytest.mark.parametrize(
+    ("died", "count"), [(1, 1), pytest.param(0, 4, marks=pytest.mark.slow)], ids=str
+)
+def test_killed_process_stops_the_other_and_other_numbers_go_on(lab, alone, died, count):
+    """The first is the one that coordinates."""
+    settings = lab.settings(f"killed{died}", **STRICT)
+    ended = lab.run(2, settings, actions={died: KILL})
+    assert ended[died].status == -signal.SIGKILL
+    assert_stopped(ended, died=died)
     workdir = pathlib.Path(settings["workdir"])
     assert_whole(workdir)
 
-    lab.train(1, settings)
-    assert "resuming at step 6" in (workdir / "train.log").read_text()
-    assert_equal_to_the_bit(workdir, alone)
-
-
-@pytest.mark.slow
-def test_killed_coordinator_stops_the_other_and_four_go_on(lab, alone):
-    settings = lab.settings("coordinator", **STRICT)
-    ended = lab.run(2, settings, actions={0: KILL})
-    assert ended[0].status == -signal.SIGKILL
-    assert_stopped(ended, died=0)
-    workdir = pathlib.Path(settings["workdir"])
-    assert_whole(workdir)
-
-    lab.train(4, settings)
+    lab.train(count, settings)
     assert "resuming at step 6" in (workdir / "train.log").read_text()
     assert_equal_to_the_bit(workdir, alone)
 
