@@ -16,8 +16,9 @@ from absl import app, flags
 from report import print_report
 from scaling import print_table, seconds_per_call, trainer
 
-from jaxseg import experiment, parallel
+from jaxseg import parallel
 from jaxseg.config import base_config
+from jaxseg.experiment import build
 
 MEMBERS = flags.DEFINE_list("members", ["2", "4", "8"], "Numbers of members.")
 FEATURES = flags.DEFINE_list("features", ["8", "16", "32"], "Channels of the U-Net.")
@@ -75,10 +76,10 @@ def training(patch_size, num_members, by):
     config = base_config(rank=len(patch_size))
     config.model.features = tuple(map(int, FEATURES.value))
     config.ensemble.size, config.ensemble.by = num_members, by
-    model = experiment.create_model_for(config, NUM_CLASSES)
-    tx, layout = experiment.create_tx(config), experiment.create_layout(config)
-    step = experiment.create_steps(config, model, tx, layout)[0]
-    members = experiment.create_members(config, model, tx, (*patch_size, 1))
+    model = build.create_model_for(config, NUM_CLASSES)
+    tx, layout = build.create_tx(config), build.create_layout(config)
+    step = build.create_steps(config, model, tx, layout)[0]
+    members = build.create_members(config, model, tx, (*patch_size, 1))
     state, keys, learning_rates = (parallel.place(tree, layout) for tree in members)
 
     rng = np.random.default_rng(0)

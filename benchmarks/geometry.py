@@ -24,7 +24,8 @@ from absl import app, flags
 from report import print_report
 from scipy import ndimage
 
-from jaxseg import geometry, metrics
+from jaxseg import geometry
+from jaxseg.evaluation import metrics
 
 WORKDIR = flags.DEFINE_string("workdir", None, "finished run", required=True)
 IMAGES = flags.DEFINE_string("images", None, "folder of NIfTI images", required=True)

@@ -32,9 +32,9 @@ from absl import app, flags
 from ml_collections import config_flags
 from report import print_report
 
-from jaxseg.data import builder, cases, pipeline
+from jaxseg.data import cases, pipeline, prepared
 from jaxseg.data.augment import region_size
-from jaxseg.data.blocks import RecordCache
+from jaxseg.data.blocked_arrays import RecordCache
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/unet.py")
 NUM_BATCHES = flags.DEFINE_integer("num_batches", 30, "Timed batches.")
@@ -123,7 +123,7 @@ def make_noise_cases(root):
 
 
 def open_store(root, cache_dir):
-    store, _, _ = builder.prepare(
+    store, _, _ = prepared.prepare(
         cases.find_msd_cases(root),
         case_ids(),
         cache_dir=cache_dir,
@@ -143,12 +143,12 @@ class Uncached:
 
     def __getitem__(self, case_id):
         store = copy.copy(self._store)
-        store._records = RecordCache(store._read, builder.CACHE_BYTES)
+        store._records = RecordCache(store._read, prepared.CACHE_BYTES)
         return store[case_id]
 
 
 def in_memory(case):
-    return builder.PreparedCase(case.image[:, :, :], case.label[:, :, :], case.locations)
+    return prepared.PreparedCase(case.image[:, :, :], case.label[:, :, :], case.locations)
 
 
 def forget_files(folder):

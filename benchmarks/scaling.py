@@ -34,8 +34,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from report import print_report
 
-from jaxseg import experiment, parallel, steps
+from jaxseg import parallel
+from jaxseg.experiment import build
 from jaxseg.models.summary import count_flops
+from jaxseg.training import steps
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -342,7 +344,7 @@ def measure_step(setting):
     )
     step, arguments = create_step(setting["mode"], setting["batch_size"] // jax.process_count())
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments[0].params))
-    model = experiment.create_model_for(FLAGS.config, NUM_CLASSES)
+    model = build.create_model_for(FLAGS.config, NUM_CLASSES)
     start = time.perf_counter()
     compiled = step.lower(*arguments).compile()
     compile_s = time.perf_counter() - start
@@ -379,7 +381,7 @@ def measure_step(setting):
 def measure_overhead(setting):
     """The same step body under plain `jax.jit` and mapped, in turns, on one device."""
     config = FLAGS.config
-    loss_fn, tx = experiment.loss_fn_for(config), experiment.create_tx(config)
+    loss_fn, tx = build.loss_fn_for(config), build.create_tx(config)
     model, members, batch = create_inputs(tx, setting["batch_size"])
     body = functools.partial(steps.train_step, model=model, loss_fn=loss_fn, tx=tx)
     state, key, learning_rate = members
@@ -444,8 +446,8 @@ def create_inputs(tx, batch_size):
     """(model, members, batch) of the config, with noise for data."""
     config = FLAGS.config
     patch_size = tuple(config.data.patch_size)
-    model = experiment.create_model_for(config, NUM_CLASSES)
-    members = experiment.create_members(config, model, tx, (*patch_size, 1))
+    model = build.create_model_for(config, NUM_CLASSES)
+    members = build.create_members(config, model, tx, (*patch_size, 1))
     rng = np.random.default_rng(jax.process_index())
     shape = (batch_size, *patch_size)
     batch = {
@@ -460,9 +462,9 @@ def create_step(mode, batch_size):
     """(step, arguments): the mapped training step of the config, and what it takes."""
     config = FLAGS.config
     config.parallel.mode = mode
-    tx, layout = experiment.create_tx(config), experiment.create_layout(config)
+    tx, layout = build.create_tx(config), build.create_layout(config)
     model, members, batch = create_inputs(tx, batch_size)
-    step = experiment.create_steps(config, model, tx, layout)[0]
+    step = build.create_steps(config, model, tx, layout)[0]
     state, key, learning_rate = (parallel.place(tree, layout) for tree in members)
     return step, (state, parallel.shard(batch, layout), key, learning_rate)
 

@@ -14,7 +14,8 @@ from absl import app, flags
 from ml_collections import config_flags
 from report import print_report
 
-from jaxseg import experiment, parallel
+from jaxseg import parallel
+from jaxseg.experiment import build
 from jaxseg.models.summary import count_flops
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/unet.py")
@@ -34,13 +35,13 @@ def main(_):
         "label": rng.integers(NUM_CLASSES.value, size=(batch_size, *patch_size)).astype(np.int32),
         "valid": np.ones((batch_size, *patch_size), np.float32),
     }
-    model = experiment.create_model_for(config, NUM_CLASSES.value)
-    tx = experiment.create_tx(config)
-    layout = experiment.create_layout(config)
-    train_step, eval_step = experiment.create_steps(config, model, tx, layout)
+    model = build.create_model_for(config, NUM_CLASSES.value)
+    tx = build.create_tx(config)
+    layout = build.create_layout(config)
+    train_step, eval_step = build.create_steps(config, model, tx, layout)
     state, key, learning_rate = (
         parallel.place(tree, layout)
-        for tree in experiment.create_members(config, model, tx, image_shape)
+        for tree in build.create_members(config, model, tx, image_shape)
     )
     batch = parallel.shard(batch, layout)
 

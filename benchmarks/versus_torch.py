@@ -23,12 +23,12 @@ import torch_networks
 from absl import app, flags
 from report import print_report
 
-from jaxseg import transfer
-from jaxseg.losses import dice_cross_entropy_loss
 from jaxseg.models.unet import UNet
-from jaxseg.optim import create_optimizer
-from jaxseg.steps import train_step
-from jaxseg.train_state import create_train_states
+from jaxseg.training import transfer
+from jaxseg.training.losses import dice_cross_entropy_loss
+from jaxseg.training.optim import create_optimizer
+from jaxseg.training.state import create_train_states
+from jaxseg.training.steps import train_step
 
 QUICK = flags.DEFINE_bool("quick", False, "Two rounds of each instead of ten.")
 

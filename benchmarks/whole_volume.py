@@ -26,8 +26,10 @@ import numpy as np
 from absl import app, flags, logging
 from report import print_report
 
-from jaxseg import geometry, normalisation, postprocess, predictor, program, resampling
-from jaxseg.data.volumes import read_image
+from jaxseg import geometry
+from jaxseg.data.images import read_image
+from jaxseg.experiment import predictor
+from jaxseg.inference import normalisation, postprocess, resampling, whole_volume
 
 SIZE = flags.DEFINE_list("size", ["512", "512", "600"], "voxels of the volume")
 NUM_CLASSES = 20
@@ -163,7 +165,7 @@ def time_without_network(restored, image, affine):
     grid_box = resampling.box_of(grid)
 
     def whole(recipe, variables, *arguments):
-        return program.segment_volume(
+        return whole_volume.segment_volume(
             variables, *arguments, 0, recipe=recipe, grid_box=grid_box, num_parts=1
         )["label"]
 

@@ -1,1 +1,1 @@
-"""Medical image segmentation in JAX."""
+"""Medical image segmentation as pure functions, in JAX and Flax."""

@@ -1,11 +1,36 @@
-"""What the commands share: flags of their own, and one clear message at the end."""
+"""What the commands share: flags, one clear message at the end, compiled programs, configs."""
 
+import contextlib
+import hashlib
+import os
+import platform
+import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
+from jaxseg.problem import Problem
 
-def parse(name, argv, *, text, define, required):
+# By a package that a command may lack: the extra that brings it.
+EXTRAS = {
+    "jinja2": "train",
+    "matplotlib": "train",
+    "tensorflow": "train",
+    "tensorflow_datasets": "train",
+}
+
+
+def parse(
+    name: str,
+    argv: Sequence[str],
+    *,
+    text: str,
+    define: Callable[[flags.FlagValues], None],
+    required: Sequence[str],
+) -> flags.FlagValues:
     """Reads a command line; exits with one message if it can not be used, or shows the help.
 
     Args:
@@ -15,8 +40,6 @@ def parse(name, argv, *, text, define, required):
       define: function that defines the flags in a FlagValues; so flags of different commands may
         have one name.
       required: names of flags that must have a value.
-    Returns:
-      absl FlagValues.
     """
     options = flags.FlagValues()
     define(options)
@@ -36,7 +59,42 @@ def parse(name, argv, *, text, define, required):
     return options
 
 
-def hide_accelerators():
+@contextlib.contextmanager
+def one_message(name: str, *, interrupted: str = "interrupted") -> Iterator[None]:
+    """Ends the command with one message where its work fails for a reason that a user can mend.
+
+    Args:
+      name: of the command.
+      interrupted: the message after Ctrl-C.
+    """
+    try:
+        yield
+    except (Problem, OSError) as error:
+        leave(name, str(error))
+    except ModuleNotFoundError as error:
+        leave(name, missing_extra(error))
+    except KeyboardInterrupt:
+        leave(name, interrupted, status=130)
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """Says which extra brings the package that was not found; raises again if none does."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        raise error
+    return (
+        f"this command needs {package}, which is not installed: pip install "
+        f"'jaxseg[{EXTRAS[package]}]' (in a checkout: pip install -e '.[{EXTRAS[package]}]')"
+    )
+
+
+def leave(name: str, message: str, status: int = 2) -> NoReturn:
+    """Ends the command with a message instead of a traceback."""
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def hide_accelerators() -> None:
     """Keeps TensorFlow, which prepares data, from taking the memory of JAX's GPUs and TPUs."""
     import tensorflow as tf  # takes seconds, which commands without data are spared
 
@@ -44,7 +102,48 @@ def hide_accelerators():
         tf.config.set_visible_devices([], kind)
 
 
-def leave(name, message, status=2):
-    """Ends the command with a message instead of a traceback."""
-    print(f"{name}: {message}", file=sys.stderr)
-    sys.exit(status)
+def keep_compiled(folder: str) -> None:
+    """Lets JAX keep compiled programs in a folder, where the next process finds them.
+
+    Programs are kept apart by what they depend on and JAX does not look at: the processor, whose
+    instructions they use, and the number of threads, which decides how sums on a CPU are split. A
+    folder that JAX was given by its own means (JAX_COMPILATION_CACHE_DIR) stays.
+
+    Args:
+      folder: made if missing, for this user alone, since a program from it is executed; "" keeps
+        nothing. Where it can not be made nothing is kept either.
+    """
+    import jax  # not needed to show the help
+
+    if not folder or jax.config.jax_compilation_cache_dir:
+        return
+    depends_on = (
+        jax.__version__,
+        _processor(),
+        os.environ.get("NPROC"),
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        jax.config.jax_num_cpu_devices,
+    )
+    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
+    path = os.path.join(os.path.abspath(os.path.expanduser(folder)), digest)
+    with contextlib.suppress(OSError):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", path)
+
+
+def _processor():
+    """Model and instruction sets of the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    first = text.partition("\n\n")[0]
+    return re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*", first, re.MULTILINE)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The config files that come with jaxseg, by name: beside the package, or inside a wheel."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.name: path for path in sorted(folder.glob("*.py"))}

@@ -1,16 +1,128 @@
-"""The vocabulary of an experiment: every field with its default, and what makes a config valid.
+"""The vocabulary of an experiment: every field with its default and its meaning.
 
-A file in `configs/` starts from `base_config` and states only what differs. Augmentation defaults
-are those of nnU-Net v2 (Isensee et al. 2021) except translation, which nnU-Net gets from its random
-crop.
+A file in `configs/` starts from `base_config` and states only what differs; `config_checks` says
+what makes a config valid. The comments here are the reference that `python -m jaxseg.main --help`
+prints: each is about the field on its line or, on lines of its own, about the one that follows.
+
+Augmentation defaults are those of nnU-Net v2 (Isensee et al. 2021) except translation, which
+nnU-Net gets from its random crop.
 """
 
-import difflib
+import copy
 import json
-import math
-import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
+
+from jaxseg.problem import Problem
+
+FIELDS = {
+    "name": "",  # of the experiment; "" means that of the model
+    "workdir": "",  # the run's folder; "" means runs/<name>
+    "seed": 0,  # of initial weights and batches
+    "data": {
+        "dir": "",  # "" means the embedded demonstration cohort
+        "cache_dir": "~/.cache/jaxseg",  # of prepared cases and of the demonstration cohort
+        "kind": "msd",  # a Medical Segmentation Decathlon folder, or images: pairs of pictures
+        "image_glob": "images/*",  # kind "images": where the images are ...
+        "label_pattern": "masks/{case}.png",  # ... and the mask of each
+        "class_names": ("background", "foreground"),  # kind "images" only
+        "label_values": (),  # kind "images": file value of each class; () means >0 is 1
+        "patch_size": (128, 128),  # voxels; two numbers train on slices, three on volumes
+        "foreground_fraction": 0.33,  # of the patches that are drawn around a foreground voxel
+    },
+    "split": {
+        "seed": 0,  # of who is in which set, so that `seed` repeats a run on the same
+        "file": "",  # JSON with lists of case ids, relative to data.dir
+        "subject_regex": "",  # its first group is the subject; "" means a case is one
+        "test_regex": "",  # cases that match are the test set
+        "val_fraction": 0.15,  # of all subjects
+        "test_fraction": 0.15,  # of all subjects
+        "num_folds": 0,  # k > 1: val is fold `fold` of k
+        "fold": 0,  # also which entry of a `file` that lists folds
+    },
+    "preprocess": {
+        "spacing_mm": (),  # () means the median spacing of the training cases
+        "image_order": 1,  # spline order of resampling: 1 linear, 3 cubic
+        "label_order": 1,  # 1: linear resampling of one-hot labels, 0: nearest
+        "normalisation": "auto",  # ct where dataset.json says CT, else zscore
+    },
+    # Each transform is drawn with its probability, for each example.
+    "augment": {
+        "rotation": {"prob": 0.2, "range_deg": (-180.0, 180.0)},
+        "translation": {"prob": 0.2, "range_fraction": (-0.1, 0.1)},  # of the patch
+        "scaling": {"prob": 0.2, "range": (0.7, 1.4)},
+        "elastic": {
+            "prob": 0.0,
+            "spacing_voxels": 16,  # between control points
+            "range_magnitude_voxels": (0.0, 4.0),
+        },
+        "flip": {"prob": 0.5, "axes": (0, 1)},  # none where left and right are classes
+        "noise": {"prob": 0.1, "range_variance": (0.0, 0.1)},
+        "blur": {"prob": 0.2, "range_sigma_voxels": (0.5, 1.0)},
+        "brightness": {"prob": 0.15, "range": (0.75, 1.25)},
+        "contrast": {"prob": 0.15, "range": (0.75, 1.25)},
+        "low_resolution": {"prob": 0.25, "range_zoom": (0.5, 1.0)},
+        "gamma": {"prob": 0.3, "range": (0.7, 1.5)},
+        "inverted_gamma": {"prob": 0.1, "range": (0.7, 1.5)},
+    },
+    "init": {
+        "checkpoint": "",  # a run's folder, or a .safetensors, .npz or .pth file
+        "strict": False,  # refuse weights of which anything does not fit
+    },
+    "loss": {
+        "name": "dice_cross_entropy",
+        # Weigh gaps between touching cells (Ronneberger et al. 2015 take w0 = 10).
+        "border_weight": {"w0": 0.0, "sigma_voxels": 5.0},
+    },
+    "optim": {
+        "name": "adamw",
+        "learning_rate": 2e-3,  # the highest; a list, [1e-3, 3e-3], trains one member for each
+        "schedule": "polynomial",  # after the warm-up
+        "warmup_steps": 50,  # over which the learning rate rises
+        "weight_decay": 1e-2,
+        "momentum": 0.99,  # sgd only, Nesterov
+        "clip_norm": 12.0,  # global gradient norm; 0 means no clipping
+        "accumulate_steps": 1,  # parts of the batch, one after the other, to save memory
+        # (pattern, factor, first step): the first pattern that matches a parameter's path
+        # scales its learning rate (0 freezes it) and says when it starts to move.
+        "groups": (),
+    },
+    "train": {
+        "num_steps": 1000,
+        "batch_size": 16,  # global, whatever the number of devices
+        "log_every": 25,  # steps
+        "eval_every": 250,  # steps
+        "checkpoint_every": 250,  # steps
+        "keep_checkpoints": 2,  # the latest; the best is kept besides
+    },
+    "compile": {
+        "cache_dir": "~/.cache/jaxseg/compiled",  # where the next start finds programs; "": none
+    },
+    "parallel": {
+        "mode": "pmap",  # or shard_map: the same step, over a mesh with more axes
+        "space": 1,  # devices that share a volume, along its first axis; shard_map only
+        # Sum gradients of this many parts of the batch in one order, whatever the number of
+        # devices, so that it changes no bit; 0 leaves the order to the devices.
+        "virtual_shards": 0,
+    },
+    "ensemble": {
+        "size": 1,  # members that differ in their seed: seed, seed + 1 ...
+        "folds": 0,  # k: one member for each fold of a cross-validation
+        "by": "map",  # members one after the other, to the bit as alone; or vmap
+    },
+    "predict": {
+        "buffer_mib": 1024,  # most memory for overlapping tiles, whatever the volume
+    },
+}
+
+# What differs for networks that are trained on volumes.
+FIELDS_OF_VOLUMES = {
+    "data.patch_size": (64, 64, 64),
+    "augment.rotation.range_deg": (-30.0, 30.0),
+    "augment.flip.axes": (0, 1, 2),
+}
 
 MODEL_DEFAULTS = {
     "unet": {
@@ -26,10 +138,10 @@ MODEL_DEFAULTS = {
         "down": "conv",  # strided convolution or max_pool
         "up": "conv",  # transposed convolution or (linear) resize
         "padding": "same",  # valid: as published, logits cover the centre of the patch
-        "attention": False,
-        "deep_supervision": False,
+        "attention": False,  # gates on the skip connections
+        "deep_supervision": False,  # a loss at every resolution but the two coarsest
         "dropout": 0.0,
-        "freeze_batch_stats": False,
+        "freeze_batch_stats": False,  # keep the statistics of the weights that it starts from
         "remat": False,  # less memory, more time
         "dtype": "float32",  # of the computation; parameters and loss stay float32
     },
@@ -124,22 +236,23 @@ FREE_WHEN_RESUMING = (
     "data.cache_dir",
     "train.log_every",
     "train.keep_checkpoints",
+    "compile.cache_dir",
     "parallel.mode",
     "parallel.space",
     "predict.buffer_mib",
 )
 
 
-class ConfigProblems(ValueError):
+class ConfigProblems(Problem, ValueError):
     """Everything that is wrong with a config, one line each, in `problems`."""
 
-    def __init__(self, problems):
+    def __init__(self, problems: Iterable[str]):
         self.problems = list(problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"the config has {len(self.problems)} problem(s):\n{lines}")
 
 
-def base_config(model="unet", rank=2):
+def base_config(model: str = "unet", rank: int = 2) -> ConfigDict:
     """Every field of an experiment with its default.
 
     Args:
@@ -148,178 +261,31 @@ def base_config(model="unet", rank=2):
     Returns:
       A locked ConfigDict; existing fields can be changed, new ones can not be added.
     """
-    config = ConfigDict(
-        {
-            "name": model,
-            "workdir": "",  # "" means runs/<name>
-            "seed": 0,
-            "data": {
-                "dir": "",  # "" means the embedded demonstration cohort
-                "cache_dir": "~/.cache/jaxseg",
-                "kind": "msd",
-                "image_glob": "images/*",  # kind "images": where the images are ...
-                "label_pattern": "masks/{case}.png",  # ... and the mask of each
-                "class_names": ("background", "foreground"),  # kind "images" only
-                "label_values": (),  # kind "images": file value of each class; () means >0 is 1
-                "patch_size": (128, 128) if rank == 2 else (64, 64, 64),
-                "foreground_fraction": 0.33,
-            },
-            "split": {
-                "seed": 0,  # of who is in which set, so that `seed` repeats a run on the same
-                "file": "",  # JSON with lists of case ids, relative to data.dir
-                "subject_regex": "",  # its first group is the subject; "" means a case is one
-                "test_regex": "",  # cases that match are the test set
-                "val_fraction": 0.15,
-                "test_fraction": 0.15,
-                "num_folds": 0,  # k > 1: val is fold `fold` of k
-                "fold": 0,  # also which entry of a `file` that lists folds
-            },
-            "preprocess": {
-                "spacing_mm": (),  # () means the median spacing of the training cases
-                "image_order": 1,
-                "label_order": 1,  # 1: linear resampling of one-hot labels, 0: nearest
-                "normalisation": "auto",  # ct where dataset.json says CT, else zscore
-            },
-            "augment": {
-                "rotation": {
-                    "prob": 0.2,
-                    "range_deg": (-180.0, 180.0) if rank == 2 else (-30.0, 30.0),
-                },
-                "translation": {"prob": 0.2, "range_fraction": (-0.1, 0.1)},
-                "scaling": {"prob": 0.2, "range": (0.7, 1.4)},
-                "elastic": {
-                    "prob": 0.0,
-                    "spacing_voxels": 16,
-                    "range_magnitude_voxels": (0.0, 4.0),
-                },
-                "flip": {"prob": 0.5, "axes": tuple(range(rank))},
-                "noise": {"prob": 0.1, "range_variance": (0.0, 0.1)},
-                "blur": {"prob": 0.2, "range_sigma_voxels": (0.5, 1.0)},
-                "brightness": {"prob": 0.15, "range": (0.75, 1.25)},
-                "contrast": {"prob": 0.15, "range": (0.75, 1.25)},
-                "low_resolution": {"prob": 0.25, "range_zoom": (0.5, 1.0)},
-                "gamma": {"prob": 0.3, "range": (0.7, 1.5)},
-                "inverted_gamma": {"prob": 0.1, "range": (0.7, 1.5)},
-            },
-            "model": MODEL_DEFAULTS[model],
-            "init": {
-                "checkpoint": "",  # a run's folder, or a .safetensors, .npz or .pth file
-                "strict": False,  # refuse weights of which anything does not fit
-            },
-            "loss": {
-                "name": "dice_cross_entropy",
-                # Weigh gaps between touching cells (Ronneberger et al. 2015 take w0 = 10).
-                "border_weight": {"w0": 0.0, "sigma_voxels": 5.0},
-            },
-            "optim": {
-                "name": "adamw",
-                # A list, [1e-3, 3e-3], trains one member for each.
-                "learning_rate": FieldReference(2e-3, field_type=object),
-                "schedule": "polynomial",
-                "warmup_steps": 50,
-                "weight_decay": 1e-2,
-                "momentum": 0.99,  # sgd only, Nesterov
-                "clip_norm": 12.0,  # global gradient norm; 0 means no clipping
-                "accumulate_steps": 1,
-                # (pattern, factor, first step): the first pattern that matches a parameter's path
-                # scales its learning rate (0 freezes it) and says when it starts to move.
-                "groups": (),
-            },
-            "train": {
-                "num_steps": 1000,
-                "batch_size": 16,  # global, whatever the number of devices
-                "log_every": 25,
-                "eval_every": 250,
-                "checkpoint_every": 250,
-                "keep_checkpoints": 2,
-            },
-            "parallel": {
-                "mode": "pmap",  # or shard_map: the same step, over a mesh with more axes
-                "space": 1,  # devices that share a volume, along its first axis; shard_map only
-                # Sum gradients of this many parts of the batch in one order, whatever the number of
-                # devices, so that it changes no bit; 0 leaves the order to the devices.
-                "virtual_shards": 0,
-            },
-            "ensemble": {
-                "size": 1,  # members that differ in their seed: seed, seed + 1 ...
-                "folds": 0,  # k: one member for each fold of a cross-validation
-                "by": "map",  # members one after the other, to the bit as alone; or vmap
-            },
-            "predict": {
-                "buffer_mib": 1024,  # most memory for overlapping tiles, whatever the volume
-            },
-        }
-    )
+    fields = copy.deepcopy(FIELDS) | {"name": model, "model": MODEL_DEFAULTS[model]}
+    rate = fields["optim"]["learning_rate"]
+    fields["optim"]["learning_rate"] = FieldReference(rate, field_type=object)  # or a list
+    config = ConfigDict(fields)
+    if rank == 3:
+        config.update_from_flattened_dict(FIELDS_OF_VOLUMES)
     return config.lock()
 
 
-def model_options(config):
+def choices_of(model: str) -> dict[str, tuple[Any, ...]]:
+    """The values to choose from, by the full name of the field, for a config of that model."""
+    return CHOICES | MODEL_CHOICES.get(model, {})
+
+
+def model_options(config: ConfigDict) -> dict[str, Any]:
     """Returns `config.model` as a plain dict without its name: the model's keyword arguments."""
     return {name: value for name, value in config.model.items() if name != "name"}
 
 
-def validate(config):
-    """Checks a whole config before data or devices are touched.
-
-    Raises:
-      ConfigProblems: lists every problem found, not just the first.
-    """
-    problems = []
-    fields = _flatten(config)
-
-    for name, choices in (CHOICES | MODEL_CHOICES.get(config.model.name, {})).items():
-        if name in fields and fields[name] not in choices:
-            problems.append(_not_a_choice(name, fields[name], choices))
-    if config.model.name not in MODEL_DEFAULTS:
-        problems.append(_not_a_choice("model.name", config.model.name, tuple(MODEL_DEFAULTS)))
-    elif set(config.model) != set(MODEL_DEFAULTS[config.model.name]):
-        problems.append(
-            f"model.name is {config.model.name!r} but the other model fields belong to another "
-            f"model: start the config from base_config({config.model.name!r})"
-        )
-    else:
-        problems += _model_problems(config.model, len(config.data.patch_size))
-
-    for name in POSITIVE:
-        if not all(_is_number(v) and v > 0 for v in _entries(fields[name])):
-            problems.append(f"{name} must be positive, not {fields[name]!r}")
-    for name in NOT_NEGATIVE:
-        if not all(_is_number(v) and v >= 0 for v in _entries(fields[name])):
-            problems.append(f"{name} must not be negative, not {fields[name]!r}")
-    for name in ("data.patch_size", "model.features"):
-        if any(isinstance(v, float) for v in fields[name]):
-            problems.append(f"{name} must hold whole numbers, not {fields[name]!r}")
-    for name, value in fields.items():
-        is_probability = name.endswith((".prob", "_fraction", ".dropout", ".momentum")) and (
-            "range" not in name
-        )
-        if is_probability and not (_is_number(value) and 0 <= value <= 1):
-            problems.append(f"{name} must lie in [0, 1], not {value!r}")
-        is_range = name.rpartition(".")[2].startswith("range")
-        if is_range and not (
-            len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
-        ):
-            problems.append(f"{name} must be (lowest, highest), not {value!r}")
-        if name.endswith("_regex"):
-            problems += _regex_problems(name, value)
-    for name in ("model.dropout", "optim.momentum"):
-        if fields[name] == 1:
-            problems.append(f"{name} must be below 1")
-
-    problems += _data_problems(config)
-    problems += _training_problems(config)
-    problems += _parallel_problems(config)
-    problems += _ensemble_problems(config)
-    if problems:
-        raise ConfigProblems(problems)
-
-
-def to_json(config):
+def to_json(config: ConfigDict) -> str:
     """Returns the config as JSON text, keys sorted: what is saved with a run and compared."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def from_json(text):
+def from_json(text: str) -> ConfigDict:
     """The locked ConfigDict that `to_json` wrote.
 
     Raises:
@@ -340,7 +306,7 @@ def _with_tuples(value):
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def differences(saved_json, new_json):
+def differences(saved_json: str, new_json: str) -> list[str]:
     """What changes in a saved run that would make it another experiment.
 
     Args:
@@ -348,7 +314,7 @@ def differences(saved_json, new_json):
     Returns:
       List of lines "field: saved -> new"; empty when the run may be resumed.
     """
-    saved, new = _flatten(json.loads(saved_json)), _flatten(json.loads(new_json))
+    saved, new = flatten(json.loads(saved_json)), flatten(json.loads(new_json))
     return [
         f"{name}: {saved.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
         for name in sorted(saved.keys() | new.keys())
@@ -356,259 +322,12 @@ def differences(saved_json, new_json):
     ]
 
 
-def _flatten(config, prefix=""):
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a nested config by their full names, such as "optim.learning_rate"."""
     fields = {}
     for name, value in config.items():
         if hasattr(value, "items"):
-            fields |= _flatten(value, f"{prefix}{name}.")
+            fields |= flatten(value, f"{prefix}{name}.")
         else:
             fields[prefix + name] = value
     return fields
-
-
-def _entries(value):
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _not_a_choice(name, value, choices):
-    nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{name} is {value!r}, must be one of {', '.join(map(repr, choices))}{hint}"
-
-
-def _regex_problems(name, value):
-    try:
-        groups = re.compile(value).groups
-    except re.error as error:
-        return [f"{name} {value!r} is not a regular expression: {error}"]
-    if name == "split.subject_regex" and value and groups < 1:
-        return [f"{name} {value!r} needs a group (...) that holds the subject"]
-    return []
-
-
-def _data_problems(config):
-    problems = [
-        f"{name} {path!r} is the address of an object store: mount it, and give that folder"
-        for name, path in (("workdir", config.workdir), ("data.dir", config.data.dir))
-        if "://" in path
-    ]
-    data, split = config.data, config.split
-    rank = len(data.patch_size)
-    if rank not in (2, 3):
-        problems.append(f"data.patch_size needs 2 (slices) or 3 (volumes) entries, not {rank}")
-    if any(axis not in range(rank) for axis in config.augment.flip.axes):
-        problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
-    if len(config.preprocess.spacing_mm) not in (0, 3):
-        problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
-    if data.kind == "images" and not data.dir:
-        problems.append("data.kind is 'images': say where they are with --config.data.dir=DIR")
-    if data.kind == "images" and rank == 3:
-        problems.append("data.kind is 'images': data.patch_size must have 2 entries")
-    if data.kind == "images" and "{case}" not in data.label_pattern:
-        problems.append(f"data.label_pattern {data.label_pattern!r} must contain {{case}}")
-    if not all(isinstance(name, str) for name in data.class_names):
-        problems.append(f"data.class_names must be text, not {data.class_names!r}")
-    if not all(isinstance(v, int) and v >= 0 for v in data.label_values):
-        problems.append(f"data.label_values must be whole and not negative: {data.label_values!r}")
-    if not data.image_glob or data.image_glob.startswith("/"):
-        problems.append(f"data.image_glob {data.image_glob!r} must be relative to data.dir")
-    if len(data.class_names) < 2:
-        problems.append("data.class_names needs the background and at least one class")
-    if data.label_values and len(data.label_values) != len(data.class_names):
-        problems.append(
-            f"data.label_values has {len(data.label_values)} entries, "
-            f"data.class_names {len(data.class_names)}: they must agree"
-        )
-    if split.file and (split.num_folds or split.test_regex):
-        problems.append("split.file already says who is where: unset num_folds and test_regex")
-    if split.num_folds == 1 or split.num_folds < 0:
-        problems.append("split.num_folds must be 0 (no cross-validation) or at least 2")
-    elif not split.file and split.fold not in range(max(split.num_folds, 1)):
-        problems.append(
-            f"split.fold {split.fold} is missing: there are {split.num_folds} folds, from 0"
-        )
-    if split.val_fraction + split.test_fraction >= 1:
-        problems.append("split.val_fraction + split.test_fraction leave no training cases")
-    return problems
-
-
-def _model_problems(model, rank):
-    problems = []
-    published = model.encoder in PUBLISHED_DEPTHS
-    depth = PUBLISHED_DEPTHS[model.encoder] if published else len(model.features)
-    if published and model.features:
-        problems.append(
-            f"model.encoder {model.encoder!r} has published channels: set model.features to ()"
-        )
-    if not published and not model.features:
-        problems.append("model.features is (): give one number per resolution, finest first")
-    if model.freeze_batch_stats and model.norm != "batch" and "resnet" not in model.encoder:
-        problems.append("model.freeze_batch_stats needs batch normalisation in the network")
-    if model.norm == "group" and any(_is_number(f) and f % 8 for f in model.features):
-        problems.append(f"model.norm 'group' needs features divisible by 8, not {model.features}")
-    if model.name == "fcn":
-        if depth != 5:
-            problems.append(
-                f"model.features of an FCN needs 5 entries (pool1 ... pool5), not {depth}"
-            )
-        if model.padding == "paper" and model.encoder != "vgg16":
-            problems.append("model.padding 'paper' belongs to model.encoder 'vgg16'")
-        return problems
-    if not model.num_convs:
-        problems.append("model.num_convs is (): give one number for all resolutions, or one each")
-    if model.decoder_convs < 1:
-        problems.append(f"model.decoder_convs must be at least 1, not {model.decoder_convs}")
-    if model.deep_supervision and depth < 4:
-        problems.append(f"model.deep_supervision needs at least 4 resolutions, not {depth}")
-    if model.down != "conv" and model.encoder != "plain":
-        problems.append(f"model.down {model.down!r} belongs to model.encoder 'plain'")
-    if model.dropout and published:
-        problems.append(
-            f"model.dropout does not reach model.encoder {model.encoder!r}: set it to 0"
-        )
-    lengths = {"kernel_sizes": depth, "strides": depth - 1}
-    if len(model.num_convs) > 1:
-        lengths["num_convs"] = depth
-    for name, length in lengths.items():
-        entries = model[name]
-        if entries and len(entries) != length:
-            problems.append(
-                f"model.{name} needs {length} entries for {depth} resolutions, not {len(entries)}"
-            )
-        for entry in entries:
-            numbers = _entries(entry)
-            fits = isinstance(entry, int) or (len(numbers) == rank and name != "num_convs")
-            if not fits or not all(isinstance(n, int) and n > 0 for n in numbers):
-                problems.append(
-                    f"model.{name} must hold whole numbers, or {rank} of them for the axes of the "
-                    f"patch, not {entry!r}"
-                )
-    if published and (model.kernel_sizes or model.strides):
-        problems.append(
-            f"model.encoder {model.encoder!r} has published kernels and strides: set "
-            "model.kernel_sizes and model.strides to ()"
-        )
-    if model.padding == "valid":
-        if model.encoder != "plain":
-            problems.append("model.padding 'valid' needs model.encoder 'plain'")
-        if model.deep_supervision:
-            problems.append("model.deep_supervision needs model.padding 'same'")
-    return problems
-
-
-def _group_problems(entry):
-    if not (
-        isinstance(entry, tuple)
-        and len(entry) == 3
-        and isinstance(entry[0], str)
-        and _is_number(entry[1])
-        and entry[1] >= 0
-        and isinstance(entry[2], int)
-        and entry[2] >= 0
-    ):
-        return [
-            "optim.groups must hold (pattern, learning-rate factor, first step), for example "
-            f"('encoder/.*', 0.1, 0), not {entry!r}"
-        ]
-    return _regex_problems("optim.groups", entry[0])
-
-
-def _training_problems(config):
-    problems = []
-    optim, train = config.optim, config.train
-    if config.init.strict and not config.init.checkpoint:
-        problems.append("init.strict needs an init.checkpoint")
-    for entry in optim.groups:
-        problems += _group_problems(entry)
-    if not 0 <= config.seed < 2**31:
-        problems.append(f"seed {config.seed} must lie in [0, 2147483647]")
-    if optim.warmup_steps < 0 or optim.warmup_steps >= train.num_steps:
-        problems.append(
-            f"optim.warmup_steps {optim.warmup_steps} must lie in [0, train.num_steps = "
-            f"{train.num_steps})"
-        )
-    if optim.accumulate_steps > 0 and train.batch_size % optim.accumulate_steps:
-        problems.append(
-            f"train.batch_size {train.batch_size} must be divisible by optim.accumulate_steps "
-            f"{optim.accumulate_steps}"
-        )
-    return problems
-
-
-def _parallel_problems(config):
-    problems = []
-    parallel, model, train = config.parallel, config.model, config.train
-    shards, space = parallel.virtual_shards, parallel.space
-    if shards & (shards - 1):
-        problems.append(f"parallel.virtual_shards {shards} must be a power of two, or 0")
-    elif shards and train.batch_size % shards:
-        problems.append(
-            f"train.batch_size {train.batch_size} must be divisible by parallel.virtual_shards "
-            f"{shards}"
-        )
-    if shards and config.optim.accumulate_steps > 1:
-        problems.append(
-            "parallel.virtual_shards are computed one by one already: set "
-            "optim.accumulate_steps to 1"
-        )
-    has_batch_norm = model.norm == "batch" or "resnet" in model.encoder
-    if shards and has_batch_norm and not model.freeze_batch_stats:
-        problems.append(
-            "parallel.virtual_shards can not share the statistics of batch normalisation: use "
-            "another model.norm, or model.freeze_batch_stats"
-        )
-    if space == 1:
-        return problems
-    if parallel.mode != "shard_map":
-        problems.append("parallel.space needs parallel.mode 'shard_map'")
-    if shards:
-        problems.append("parallel.space can not be had together with parallel.virtual_shards")
-    whole = {"padding": "same", "up": "conv", "attention": False}
-    if (
-        model.name != "unet"
-        or model.encoder in PUBLISHED_DEPTHS
-        or any(model[name] != value for name, value in whole.items())
-    ):
-        problems.append(
-            "parallel.space needs a U-Net with model.encoder 'plain' or 'residual', model.padding "
-            "'same', model.up 'conv', and no model.attention"
-        )
-    else:
-        steps = model.strides or (2,) * (len(model.features) - 1)
-        parts = space * math.prod(_entries(step)[0] for step in steps)
-        if config.data.patch_size[0] % parts:
-            problems.append(
-                f"data.patch_size {tuple(config.data.patch_size)} must begin with a multiple of "
-                f"{parts}, so that parallel.space {space} parts stay aligned at all resolutions"
-            )
-    return problems
-
-
-def _ensemble_problems(config):
-    problems = []
-    ensemble, rate = config.ensemble, config.optim.learning_rate
-    is_sweep = isinstance(rate, tuple | list)
-    if is_sweep and len(rate) < 2:
-        problems.append(f"optim.learning_rate {rate!r} must list two rates or more, or be a number")
-    if (ensemble.size > 1) + (ensemble.folds > 0) + is_sweep > 1:
-        problems.append(
-            "ensemble.size, ensemble.folds and a list of optim.learning_rate exclude each other"
-        )
-    if is_sweep and len(set(rate)) < len(rate):
-        problems.append(f"optim.learning_rate {rate!r} must not list a rate twice")
-    if ensemble.folds and config.split.fold:
-        problems.append("ensemble.folds trains every fold: set split.fold to 0")
-    if ensemble.folds == 1:
-        problems.append("ensemble.folds must be at least 2, or 0")
-    if ensemble.folds and config.split.num_folds not in (0, ensemble.folds):
-        problems.append(
-            f"split.num_folds {config.split.num_folds} must be ensemble.folds {ensemble.folds}, "
-            "or 0"
-        )
-    if ensemble.size > 1 and config.seed + ensemble.size > 2**31:
-        problems.append(f"seed {config.seed} + ensemble.size {ensemble.size} must not pass 2^31")
-    return problems

@@ -3,178 +3,30 @@
 `predictor.jaxseg` is a program for CPU, CUDA and TPU that takes volumes as they were read, in RAS+
 axes, and returns class indices before post-processing. It needs jax and numpy alone; README shows
 the loader. `weights.safetensors` holds the weights by name and, as metadata, the run's JSON files.
-
-The file is four parts with a line feed between them: `MAGIC`, the SHA-256 of the rest, a line of
-JSON ("spacing_mm" of the network's grid and "largest_grid", the most voxels it may have,
-"class_names", "label_values"), and the program, which `jax.export.deserialize` reads.
 """
 
-import functools
-import hashlib
-import json
 import os
 import sys
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
-from flax import traverse_util
-from jax import export as jax_export
-from safetensors.numpy import save_file
 
-from jaxseg import command, geometry, program, resampling, writers
-from jaxseg.data.volumes import FileProblem, read_image
-from jaxseg.predictor import PredictorProblem, load_predictor
+from jaxseg import command
 
 NAME = "jaxseg-export"
-MAGIC = b"jaxseg predictor 1"
-PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-class ExportProblem(ValueError):
-    """An exported file can not be used; the message names it and says how to mend it."""
-
-
-def export_predictor(predictor, box, grid_box):
-    """Turns a predictor into bytes that need nothing of this package.
-
-    Args:
-      predictor: `jaxseg.predictor.Predictor`.
-      box: array shape [X, Y, Z] that volumes are padded to.
-      grid_box: array shape that holds the network's grid.
-    Returns:
-      bytes, as described above. The program takes volumes [b, *box, C] float32 of any number b,
-      their sizes [b, 3] int32 and the sizes of the network's grid [b, 3] int32, and returns class
-      indices [b, *box] uint8.
-    """
-    variables = jax.device_get(predictor.variables)
-    segment = functools.partial(_segment, variables, predictor.recipe, grid_box)
-    batch = jax_export.symbolic_shape("b")
-    arguments = (
-        jax.ShapeDtypeStruct((*batch, *box, predictor.num_channels), jnp.float32),
-        jax.ShapeDtypeStruct((*batch, 3), jnp.int32),
-        jax.ShapeDtypeStruct((*batch, 3), jnp.int32),
-    )
-    exported = jax_export.export(jax.jit(segment), platforms=PLATFORMS)(*arguments)
-    about = {
-        "spacing_mm": predictor.recipe.spacing_mm,
-        "largest_grid": grid_box,
-        "class_names": predictor.class_names,
-        "label_values": predictor.label_values,
-    }
-    rest = json.dumps(about).encode() + b"\n" + bytes(exported.serialize())
-    return b"\n".join((MAGIC, hashlib.sha256(rest).hexdigest().encode(), rest))
-
-
-def _segment(variables, recipe, grid_box, volumes, sizes, grids):
-    def segment_one(arguments):
-        volume, size, grid = arguments
-        outputs = program.segment_volume(
-            variables, volume, size, grid, 0, recipe=recipe, grid_box=grid_box, num_parts=1
-        )
-        return jnp.moveaxis(outputs["label"], (0, 1, 2), recipe.axis_order)
-
-    return jax.lax.map(segment_one, (volumes, sizes, grids))
-
-
-def load_exported(path):
-    """Reads what `export_predictor` made.
-
-    Returns:
-      (about, function): its JSON as a dict, and the program's function.
-    Raises:
-      ExportProblem: the file is missing, of another kind, cut, altered, or of another version.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise ExportProblem(f"{path}: cannot be read ({error.strerror})") from None
-    magic, _, rest = content.partition(b"\n")
-    if magic != MAGIC:
-        raise ExportProblem(f"{path}: not a file that jaxseg.export wrote; export the run again")
-    digest, _, rest = rest.partition(b"\n")
-    if hashlib.sha256(rest).hexdigest().encode() != digest:
-        raise ExportProblem(f"{path}: cut short or altered; copy it again from the source")
-    about, _, serialized = rest.partition(b"\n")
-    try:
-        return json.loads(about), jax_export.deserialize(bytearray(serialized)).call
-    except Exception as error:  # whatever a parser trips over
-        raise ExportProblem(
-            f"{path}: jax {jax.__version__} can not read it ({type(error).__name__}); export the "
-            "run again, or use the version of jax that it was exported with"
-        ) from error
-
-
-def save_weights(path, predictor, workdir):
-    """Writes weights by name, with "memberN/" before it if there are several members.
-
-    Args:
-      path: of the safetensors file; its metadata are the JSON files of `workdir`.
-      predictor: `jaxseg.predictor.Predictor`.
-      workdir: folder of its first run.
-    """
-    metadata = {}
-    for name in ("config", "plan", "data", "predictor"):
-        with open(os.path.join(workdir, f"{name}.json"), encoding="utf-8") as file:
-            metadata[name] = file.read()
-    stacked = traverse_util.flatten_dict(jax.device_get(predictor.variables), sep="/")
-    num_members = len(next(iter(stacked.values())))
-    arrays = {
-        f"member{index}/{name}" if num_members > 1 else name: np.ascontiguousarray(leaf[index])
-        for name, leaf in stacked.items()
-        for index in range(num_members)
-    }
-    with writers.replacing(path) as temporary:
-        save_file(arrays, temporary, metadata)
-
-
-def export(workdirs, like, folder, *, mirror=False):
-    """Writes `predictor.jaxseg` and `weights.safetensors`.
-
-    Args:
-      workdirs: folders of finished runs.
-      like: image of the largest size and the spacing that are to be served.
-      folder: where to; made if missing.
-      mirror: whether to average over mirrored images.
-    Returns:
-      Text for the terminal.
-    Raises:
-      PredictorProblem, FileProblem, OSError: a run, the image or the folder can not be used.
-    """
-    predictor = load_predictor(workdirs, mirror=mirror)
-    image, affine = geometry.to_canonical(*read_image(like))
-    spacing_mm = geometry.spacing_mm_from_affine(affine)
-    grid = geometry.resampled_shape(image.shape[:3], spacing_mm, predictor.recipe.spacing_mm)
-    box = resampling.box_of(image.shape[:3])
-    content = export_predictor(predictor, box, resampling.box_of(grid))
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "predictor.jaxseg")
-    weights_path = os.path.join(folder, "weights.safetensors")
-    with writers.replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-    save_weights(weights_path, predictor, workdirs[0])
-    largest = " x ".join(map(str, box))
-    return (
-        f"{path}: {len(content) / 2**20:.1f} MiB, volumes of up to {largest} voxels, for "
-        f"{', '.join(PLATFORMS)}\n{weights_path}"
-    )
-
-
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     """Exports, or turns an expected failure into one clear message."""
     required = ("workdir", "like", "output")
     options = command.parse(NAME, argv, text=__doc__, define=_define_flags, required=required)
     logging.set_verbosity(logging.ERROR)
-    try:
+    with command.one_message(NAME):
+        from jaxseg.experiment.portable import export  # JAX takes seconds to load
+
         like, folder = (os.path.expanduser(path) for path in (options.like, options.output))
         workdirs = [os.path.expanduser(workdir) for workdir in options.workdir]
         print(export(workdirs, like, folder, mirror=options.mirror))
-    except (FileProblem, PredictorProblem, OSError) as error:
-        command.leave(NAME, str(error))
-    except KeyboardInterrupt:
-        command.leave(NAME, "interrupted", status=130)
 
 
 def _define_flags(options):
@@ -185,7 +37,7 @@ def _define_flags(options):
     flags.DEFINE_bool("mirror", False, "average over mirrored images", **own)
 
 
-def run():
+def run() -> None:
     """Console script."""
     main(sys.argv)
 

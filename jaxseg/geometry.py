@@ -8,6 +8,9 @@ reaches from -0.5 to n - 0.5 along an axis; resampling keeps those outer faces w
 import numpy as np
 from scipy import ndimage
 
+# Largest difference of any entry between the affines of files on one grid.
+AFFINE_TOLERANCE_MM = 1e-3
+
 # Smallest singular value of the matrix of unit axis directions; 1 means perpendicular axes.
 _MIN_INDEPENDENCE = 1e-6
 
@@ -163,6 +166,20 @@ def resampled_affine(affine, shape, new_shape):
     result[:3, 3] += result[:3, :3] @ ((factor - 1) / 2)
     result[:3, :3] *= factor
     return result
+
+
+def mirrored(place, size):
+    """Continues an axis beyond its ends by mirroring it about its outermost voxels.
+
+    Args:
+      place: integers, any shape, NumPy's or JAX's, which may lie outside [0, size).
+      size: of the axis.
+    Returns:
+      The voxel in [0, size) to show at each place; the outermost is not repeated.
+    """
+    last = size - 1
+    period = 2 * last + (last == 0)
+    return last - abs(last - place % period)
 
 
 def _canonical_axes(affine):

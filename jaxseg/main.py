@@ -1,53 +1,27 @@
 """Trains what a config describes: `python -m jaxseg.main --config=configs/unet.py`.
 
-Any field can be set on the command line: `--config.optim.learning_rate=1e-3`. With `--distributed`
-it is one of several processes that train together.
+Any field can be set on the command line: `--config.optim.learning_rate=1e-3`. A config that is no
+file, as in `--config=unet.py`, is the shipped one of that name. With `--distributed` this is one of
+several processes that train together.
 """
 
-import faulthandler
 import os
 import re
 import sys
 import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 # Read when TensorFlow is loaded. oneDNN would make its sums depend on the number of threads; the
 # start-up notes say nothing to a person who trains a network.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxseg import config as config_lib
-from jaxseg.checkpoint import CheckpointProblem
-from jaxseg.command import hide_accelerators
-from jaxseg.data.cases import DatasetProblems
-from jaxseg.data.splits import SplitProblem
-from jaxseg.optim import GroupProblem
-from jaxseg.ownership import OwnershipProblem
-from jaxseg.train import RunProblem, train
-from jaxseg.transfer import TransferProblem
-from jaxseg.weights import WeightsProblem
-
-# What a user can mend: shown without a traceback.
-EXPECTED = (
-    CheckpointProblem,
-    config_lib.ConfigProblems,
-    DatasetProblems,
-    GroupProblem,
-    OSError,
-    OwnershipProblem,
-    RunProblem,
-    SplitProblem,
-    TransferProblem,
-    WeightsProblem,
-)
-
-# A process that is not heard of for so long has died, and the others stop.
-HEARTBEAT_TIMEOUT_S = 30
-# The first process evaluates; the others wait for it.
-SHUTDOWN_TIMEOUT_S = 7 * 24 * 3600
+from jaxseg import command, config_checks, config_reference
+from jaxseg.problem import Problem
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -61,31 +35,38 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     """Validates, trains, and turns every expected failure into one clear message."""
     if len(argv) > 1:
         _exit(f"unexpected argument {argv[1]!r}: set fields with --config.FIELD=VALUE")
     if _CONFIG.value is None:
         _exit("say which experiment: --config=configs/unet.py")
     logging.set_verbosity(logging.ERROR)
-    hide_accelerators()
+    from jaxseg import parallel  # after the flags: JAX takes a second to load
+
     try:
-        config_lib.validate(_CONFIG.value)
+        config_checks.validate(_CONFIG.value)
+        command.hide_accelerators()
         if _DISTRIBUTED.value:
-            join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        command.keep_compiled(_CONFIG.value.compile.cache_dir)
+        from jaxseg.experiment.train import train  # needs what `pip install jaxseg[train]` brings
+
         stopped_by = train(_CONFIG.value)
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", status=130)
     except Exception as error:
-        if _DISTRIBUTED.value and _comes_from_another(error):
+        if _DISTRIBUTED.value and parallel.has_lost_another(error):
             _exit(
                 "another process of this run has died or can not be reached: "
                 f"{str(error).splitlines()[0]}. What was saved is kept; start all processes again, "
                 "as many as you like, and they go on from the last checkpoint",
                 status=3,
             )
-        if isinstance(error, EXPECTED):
+        if isinstance(error, Problem | OSError):
             _exit(str(error))
+        if isinstance(error, ModuleNotFoundError):
+            _exit(command.missing_extra(error))
         if not _DISTRIBUTED.value:
             raise
         traceback.print_exc()
@@ -94,33 +75,13 @@ def main(argv):
         sys.exit(128 + stopped_by)
 
 
-def join_processes(coordinator, num_processes, process_id):
-    """Makes this one of several processes, whose devices become one set.
-
-    Args:
-      coordinator: "host:port" of the first; None lets JAX ask Slurm, OpenMPI, GKE or the TPU pod.
-      num_processes, process_id: how many there are, and which this is; None likewise.
-    Raises:
-      RunProblem: there is no such environment, or the others do not come.
-    """
-    faulthandler.disable()  # absl's: its stacks of all threads would bury JAX's last words
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
-            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise RunProblem(
-            f"the processes could not be joined: {error}; where there is no Slurm, OpenMPI, GKE or "
-            "TPU pod, give --coordinator=HOST:PORT --num_processes=N --process_id=I to each"
-        ) from error
-
-
 def _parse_flags(argv):
     """Parses the command line; lists every setting that can not be used, not just the first."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sep="\n")
+        print("\nSettings, --config.NAME=VALUE:\n", config_reference.reference(), sep="\n")
+        sys.exit()
+    argv = [_with_shipped_config(argument) for argument in argv]
     rest = []
     problem = _problem_of(lambda: rest.extend(flags.FLAGS(argv)))
     if problem is None:
@@ -132,13 +93,23 @@ def _parse_flags(argv):
     _exit("\n".join(lines or [problem]))
 
 
+def _with_shipped_config(argument):
+    name = argument.removeprefix("--config=")
+    shipped = command.shipped_configs()
+    if name == argument or os.path.exists(name) or os.path.basename(name) != name:
+        return argument
+    if name not in shipped:
+        _exit(f"{name}: no such file, and none of the shipped configs {', '.join(shipped)}")
+    return f"--config={shipped[name]}"
+
+
 def _parse_alone(argv):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     values(argv)
 
 
-def _problem_of(parse):
+def _problem_of(parse: Callable[[], object]) -> str | None:
     try:
         parse()
     except (AttributeError, KeyError) as error:  # how ml_collections reports a misspelt field
@@ -149,14 +120,7 @@ def _problem_of(parse):
     return None
 
 
-def _comes_from_another(error):
-    """Whether a process was lost; what gloo says of it is raised as errors of several types."""
-    text = str(error)
-    is_lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
-    return is_lost or "Gloo" in text
-
-
-def _exit(message, status=2):
+def _exit(message: str, status: int = 2) -> NoReturn:
     print(f"jaxseg: {message}", file=sys.stderr, flush=True)
     if flags.FLAGS.is_parsed() and _DISTRIBUTED.value:
         sys.stdout.flush()
@@ -164,9 +128,12 @@ def _exit(message, status=2):
     sys.exit(status)
 
 
-def run():
+def run() -> None:
     """Console script."""
-    jax.config.config_with_absl()
+    if "-h" not in sys.argv and "--help" not in sys.argv:
+        import jax
+
+        jax.config.config_with_absl()
     app.run(main, flags_parser=_parse_flags)
 
 

@@ -2,18 +2,34 @@
 
 import collections
 import dataclasses
+import faulthandler
 import functools
 import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxseg.problem import Problem
+
 AXIS_NAME = "batch"
 SPACE_AXIS = "space"
 MEMBER_AXIS = "member"
+
+# A process that is not heard of for so long has died, and the others stop.
+HEARTBEAT_TIMEOUT_S = 30
+# The first process evaluates; the others wait for it.
+SHUTDOWN_TIMEOUT_S = 7 * 24 * 3600
+
+Tree = Any  # of arrays
+
+
+class ProcessProblem(Problem, RuntimeError):
+    """The processes of a run can not be joined; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +46,17 @@ class Layout:
     has_members: bool = False
 
     @property
-    def is_pmap(self):
+    def is_pmap(self) -> bool:
         return self.mesh.axis_names == (AXIS_NAME,)
 
     @property
-    def state_spec(self):
+    def state_spec(self) -> PartitionSpec:
         """Of a leaf of the state: [...], or [M, ...]."""
         split = self.has_members and not self.is_pmap
         return PartitionSpec(MEMBER_AXIS) if split else PartitionSpec()
 
     @property
-    def batch_spec(self):
+    def batch_spec(self) -> PartitionSpec:
         """Of a leaf of a batch: [devices along "batch", (M,) B per device, X, ...]."""
         if self.is_pmap:
             return PartitionSpec(AXIS_NAME)
@@ -48,12 +64,12 @@ class Layout:
         return PartitionSpec(AXIS_NAME, *members, None, SPACE_AXIS)
 
     @property
-    def num_batch_parts(self):
+    def num_batch_parts(self) -> int:
         """Into how many parts devices split the batch."""
         return self.mesh.shape[AXIS_NAME]
 
 
-def create_layout(mode="pmap", num_members=1, space=1):
+def create_layout(mode: str = "pmap", num_members: int = 1, space: int = 1) -> Layout:
     """Decides who does what.
 
     Args:
@@ -81,7 +97,7 @@ def create_layout(mode="pmap", num_members=1, space=1):
     return Layout(Mesh(devices.reshape(shape), (AXIS_NAME, MEMBER_AXIS, SPACE_AXIS)), has_members)
 
 
-def map_train_step(step, layout):
+def map_train_step(step: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     """Maps (state, batch, key, learning_rate) -> (state, metrics) over all devices.
 
     It reuses the old state's memory. State, key, learning rate and metrics are the same on all
@@ -100,7 +116,7 @@ def map_train_step(step, layout):
     return _shard_mapped(step, layout, (own, layout.batch_spec, own, own), (own, own), donated=0)
 
 
-def map_eval_step(step, layout):
+def map_eval_step(step: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     """Maps (state, batch) -> sums, the same on all devices that share a batch."""
     if layout.is_pmap:
         return jax.pmap(step, axis_name=AXIS_NAME, in_axes=(None, 0), out_axes=None)
@@ -118,7 +134,7 @@ def _shard_mapped(step, layout, in_specs, out_specs, donated=()):
     return jax.jit(mapped, donate_argnums=donated)
 
 
-def pmap_parts(function):
+def pmap_parts(function: Callable[..., Any]) -> Callable[..., Any]:
     """Maps (variables, volume, size, grid, part) over the local devices, each with its own part.
 
     `part` and what is returned have a leading axis of devices, the rest goes to all of them.
@@ -131,14 +147,14 @@ def pmap_parts(function):
     )
 
 
-def place(tree, layout):
+def place(tree: Tree, layout: Layout) -> Tree:
     """Places a state, or what else each member has, as the mapped steps return it."""
     # device_put takes no keys to the devices of other processes.
     sharding = NamedSharding(layout.mesh, layout.state_spec)
     return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
 
 
-def joined(tree, layout):
+def joined(tree: Tree, layout: Layout) -> Tree:
     """A state that a mapped step has returned, as `place` made it: one array of all processes.
 
     `pmap` returns to each process what its own devices hold.
@@ -148,13 +164,13 @@ def joined(tree, layout):
     return multihost_utils.host_local_array_to_global_array(tree, layout.mesh, layout.state_spec)
 
 
-def replicate(tree):
+def replicate(tree: Tree) -> Tree:
     """Places a tree of arrays on every device of this process."""
     mesh = Mesh(np.asarray(jax.local_devices()), (AXIS_NAME,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(batch, layout):
+def shard(batch: Tree, layout: Layout) -> Tree:
     """Splits every leaf, [B, ...] or [M, B, ...], over the devices of this process.
 
     The copy to the devices has begun, not necessarily ended, when this returns.
@@ -179,7 +195,7 @@ def shard(batch, layout):
     return jax.tree.map(spread, batch)
 
 
-def prefetch_to_device(batches, layout, size=2):
+def prefetch_to_device(batches: Iterable[Tree], layout: Layout, size: int = 2) -> Iterator[Tree]:
     """Yields sharded batches; of the next ones, `size - 1` are already under way to the devices."""
     batches = iter(batches)
     place_next = functools.partial(shard, layout=layout)
@@ -189,7 +205,7 @@ def prefetch_to_device(batches, layout, size=2):
         queue.extend(place_next(batch) for batch in itertools.islice(batches, 1))
 
 
-def gather_from_processes(array):
+def gather_from_processes(array: np.ndarray) -> np.ndarray:
     """Stacks what every process has: [...] becomes [processes, ...] NumPy, in each of them."""
     if jax.process_count() == 1:
         return np.asarray(array)[np.newaxis]
@@ -198,9 +214,43 @@ def gather_from_processes(array):
     return gathered.view(array.dtype)
 
 
-def barrier(name):
+def barrier(name: str) -> None:
     """Waits until every process has come here.
 
     On CPUs gloo gives up after XLA's `xla_cpu_collective_timeout_seconds`, half an hour.
     """
     multihost_utils.sync_global_devices(name)
+
+
+def join_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Makes this one of several processes, whose devices become one set.
+
+    Args:
+      coordinator: "host:port" of the first; None lets JAX ask Slurm, OpenMPI, GKE or the TPU pod.
+      num_processes, process_id: how many there are, and which this is; None likewise.
+    Raises:
+      ProcessProblem: there is no such environment, or the others do not come.
+    """
+    faulthandler.disable()  # absl's: its stacks of all threads would bury JAX's last words
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ProcessProblem(
+            f"the processes could not be joined: {error}; where there is no Slurm, OpenMPI, GKE or "
+            "TPU pod, give --coordinator=HOST:PORT --num_processes=N --process_id=I to each"
+        ) from error
+
+
+def has_lost_another(error: Exception) -> bool:
+    """Whether a process was lost; what gloo says of it is raised as errors of several types."""
+    text = str(error)
+    is_lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
+    return is_lost or "Gloo" in text

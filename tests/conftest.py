@@ -13,8 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from jaxseg import train
 from jaxseg.config import base_config
+from jaxseg.experiment import train
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 

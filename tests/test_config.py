@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
-from jaxseg.config import ConfigProblems, base_config, differences, to_json, validate
+from jaxseg.config import ConfigProblems, base_config, differences, to_json
+from jaxseg.config_checks import validate
 
 CONFIG_FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

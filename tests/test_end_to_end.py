@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg import checkpoint, writers
+from jaxseg.run import checkpoint
+from jaxseg.run import log as run_log
 
 TINY = (
     "--config.data.patch_size=(16,16)",
@@ -59,7 +60,7 @@ def test_volumes_in_trained_network_and_scores_out(tmp_path, make_msd_folder):
     with open(run / "test.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(split["test"])
-    losses = [row["loss"] for row in writers.read_metrics(run) if "loss" in row]
+    losses = [row["loss"] for row in run_log.read_metrics(run) if "loss" in row]
     assert len(losses) == 4 and losses[-1] < losses[0]  # at steps 40, 80, 120, 160
     for picture in ("curves.png", "test.png"):
         with Image.open(run / picture) as image:

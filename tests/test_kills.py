@@ -16,18 +16,21 @@ import time
 
 import pytest
 
-from jaxseg import checkpoint, experiment, steps, writers
 from jaxseg import config as config_lib
+from jaxseg.experiment import build
+from jaxseg.run import checkpoint, writers
+from jaxseg.run import log as run_log
+from jaxseg.training import checksum
 
 NUM_STEPS = 20
 CHECKPOINT_EVERY = 3
-ROOT = pathlib.Path(checkpoint.__file__).parents[1]
+ROOT = pathlib.Path(checkpoint.__file__).parents[2]
 # What a process does: it becomes the command, and notes what it has come to.
 CODE = """
 import dataclasses, itertools, os, runpy, sys
 import jax
 from jax._src import xla_bridge
-from jaxseg import train
+from jaxseg.experiment import train
 
 assert not xla_bridge.backends_are_initialized()  # a fork would have broken them
 notes = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -53,8 +56,8 @@ def fit(run, state, first_step, stop_at, original=train.fit):
     return original(dataclasses.replace(run, train_step=train_step), state, first_step, stop_at)
 
 train.fit = fit
-train.validate = noting("validating", train.validate)
-train.finish.finish = noting("finishing", train.finish.finish)
+validate.validate = noting("validating", validate.validate)
+train.assess = noting("finishing", train.assess)
 jax.config.update("jax_compilation_cache_dir", compiled)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 sys.argv = argv
@@ -70,7 +73,7 @@ def command(config_file):
     its children are as good as new (CODE looks, and a true new process is compared below).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jaxseg.train"])
+    context.set_forkserver_preload(["jaxseg.experiment.train"])
     compiled = str(config_file.parent / "compiled")
     processes = []
 
@@ -133,9 +136,9 @@ def template(uninterrupted):
     """A TrainState of the structure that the runs save."""
     config = config_lib.from_json((uninterrupted / "config.json").read_text())
     data = json.loads((uninterrupted / "data.json").read_text())
-    model = experiment.create_model_for(config, len(data["class_names"]))
+    model = build.create_model_for(config, len(data["class_names"]))
     image_shape = (*config.data.patch_size, data["num_channels"])
-    return experiment.create_members(config, model, experiment.create_tx(config), image_shape)[0]
+    return build.create_members(config, model, build.create_tx(config), image_shape)[0]
 
 
 def command_line(config_file, workdir):
@@ -152,7 +155,7 @@ def notes_of(workdir):
 
 
 def log_of(workdir):
-    path = workdir / writers.LOG_NAME
+    path = workdir / run_log.LOG_NAME
     return path.read_text() if path.exists() else ""
 
 
@@ -183,10 +186,10 @@ def assert_same_run(workdir, expected, template, scratch):
         for folder in (workdir, expected)
     ]
     assert digests[0] == digests[1]
-    traces = [(folder / writers.TRACE_NAME).read_bytes() for folder in (workdir, expected)]
+    traces = [(folder / run_log.TRACE_NAME).read_bytes() for folder in (workdir, expected)]
     assert traces[0] == traces[1]
     numbers = [
-        [{**row, "images_per_s": None} for row in writers.read_metrics(folder)]
+        [{**row, "images_per_s": None} for row in run_log.read_metrics(folder)]
         for folder in (workdir, expected)
     ]
     assert numbers[0] == numbers[1]
@@ -204,7 +207,7 @@ def in_a_new_process(command, config_file):
     line = [sys.executable, "-m", *command_line(config_file, workdir)]
     with open(f"{workdir}.first", "w") as output:
         first = subprocess.Popen(line, stdout=output, stderr=output, cwd=ROOT)
-    while not (workdir / writers.TRACE_NAME).exists():
+    while not (workdir / run_log.TRACE_NAME).exists():
         assert first.poll() is None
         time.sleep(0.01)
     second = command(workdir, f"--config={config_file}")
@@ -220,7 +223,7 @@ def test_the_same_config_and_seed_give_the_same_run(
 ):
     workdir = in_a_new_process[0]
     assert_same_run(workdir, uninterrupted, template, tmp_path / "scratch")
-    rows = writers.read_trace(workdir)
+    rows = run_log.read_trace(workdir)
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     for name in ("batch", "params", "loss", "grad_norm"):
         assert len({row[name] for row in rows}) == NUM_STEPS  # no constant that always agrees
@@ -292,7 +295,7 @@ def test_killed_at_any_moment_a_run_becomes_the_same(
     command, config_file, uninterrupted, template, tmp_path, num_kills
 ):
     draw = random.Random(num_kills)
-    params_after = {row["step"]: row["params"] for row in writers.read_trace(uninterrupted)}
+    params_after = {row["step"]: row["params"] for row in run_log.read_trace(uninterrupted)}
     moments = list(itertools.islice(itertools.cycle(MOMENTS), num_kills))
     num_torn = 0
     for number in itertools.count():
@@ -313,7 +316,7 @@ def test_killed_at_any_moment_a_run_becomes_the_same(
             assert killed or process.exitcode == 0, output_of(workdir)
             assert_resumed_at_the_last_checkpoint(workdir, before, num_notes, log_before)
             for step, state in states_of(workdir, template, tmp_path / "scratch").items():
-                assert f"{steps.checksum(state.params):08x}" == params_after[step]
+                assert f"{checksum.checksum(state.params):08x}" == params_after[step]
         assert_same_run(workdir, uninterrupted, template, tmp_path / "scratch")
         assert not (workdir / "damaged").exists() and not torn(workdir)
         if not moments:
@@ -325,7 +328,7 @@ def test_killed_at_any_moment_a_run_becomes_the_same(
 # mended. Prints a line of JSON for each: [name, exit status, output].
 DISK = """
 import os, shutil, sys, json
-from jaxseg import train
+from jaxseg.experiment import train
 
 def attempt(name):
     output = f"{scratch}/output"
@@ -436,11 +439,11 @@ def test_a_run_is_reproduced_or_the_step_named_that_differs(
     command, uninterrupted, tmp_path, altered
 ):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
-    rows = writers.read_trace(workdir)
+    rows = run_log.read_trace(workdir)
     if altered:
         rows[altered - 1]["grad_norm"] = (0.125).hex()
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        writers.write_text(workdir / writers.TRACE_NAME, text)
+        writers.write_text(workdir / run_log.TRACE_NAME, text)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     process = command(workdir, module="jaxseg.reproduce")
     process.join()

@@ -1,4 +1,4 @@
-"""Who may import whom: a file imports from its own layer and those below it, and nothing else."""
+"""Who may import whom: a file imports from its own room and those below it, and nothing else."""
 
 import ast
 import concurrent.futures
@@ -13,54 +13,43 @@ import jaxseg
 
 ROOT = pathlib.Path(jaxseg.__file__).parent
 
-# "data" stands for every file in that folder, as "models" does.
-LAYERS = {
-    "config": 0,
-    "geometry": 0,
-    "models": 1,
-    "losses": 1,
-    "metrics": 1,
-    "calibration": 1,
-    "familiarity": 1,
-    "inference": 1,
-    "normalisation": 1,
-    "postprocess": 1,
-    "resampling": 1,
-    "statistics": 1,
-    "surfaces": 1,
-    "explain": 2,
-    "maps": 2,
-    "program": 2,
-    "optim": 2,
-    "train_state": 2,
-    "steps": 2,
-    "transfer": 2,
-    "parallel": 2,
-    "data": 3,
-    "checkpoint": 3,
-    "weights": 3,
-    "command": 3,
-    "identity": 3,
-    "ownership": 3,
-    "writers": 3,
-    "plots": 3,
-    "report": 3,
-    "experiment": 4,
-    "evaluate": 4,
-    "export": 4,
-    "finish": 4,
-    "predict": 4,
-    "predictor": 4,
-    "reproduce": 4,
-    "train": 4,
-    "main": 5,
+# From the ground up, in the order in which a scan comes down. Rooms of one floor know nothing of
+# each other. A file at the door is a room of its own; so is what `python -m jaxseg.models` does.
+VERBS = {"main", "predict", "evaluate", "export", "reproduce", "models.__main__"}
+GROUND = {
+    "command",
+    "config",
+    "config_checks",
+    "config_reference",
+    "geometry",
+    "models",
+    "parallel",
+    "problem",
 }
-LIBRARIES = {
-    0: {"numpy", "scipy", "ml_collections"},
-    1: {"numpy", "scipy", "ml_collections", "jax", "flax"},
-    2: {"numpy", "scipy", "ml_collections", "jax", "flax", "optax"},
+FLOORS = (
+    GROUND,
+    {"training"},
+    {"run"},
+    {"data", "evaluation"},
+    {"inference"},
+    {"experiment"},
+    VERBS,
+)
+PURE = {"config", "config_checks", "geometry", "models", "parallel", "training", "inference"}
+PURE_FILES = {
+    f"jaxseg.evaluation.{name}"
+    for name in ("calibration", "metrics", "report_numbers", "statistics", "surfaces", "tables")
 }
+# What a pure room may load besides Python itself.
+LIBRARIES = {"flax", "jax", "ml_collections", "numpy", "optax", "scipy"}
 HEAVY = {"tensorflow", "tensorflow_datasets", "orbax", "nibabel", "matplotlib"}
+# Commands that need no more than `pip install jaxseg` must not load what training brings.
+LIGHT = (
+    "jaxseg.experiment.evaluate_folder",
+    "jaxseg.experiment.portable",
+    "jaxseg.experiment.predict_folder",
+)
+EXTRAS = {"tensorflow", "tensorflow_datasets", "matplotlib", "jinja2"}
 
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {
@@ -68,13 +57,23 @@ MODULES = {
         ".__init__"
     ): path
     for path in FILES
+    if "configs" not in path.parts
 }
 
 
-def layer_of(module):
-    """Layer of a module of ours; the package itself holds nothing and is below them all."""
-    parts = module.split(".")
-    return LAYERS[parts[1]] if len(parts) > 1 else -1
+def room_of(module):
+    """Name of the room of a module of ours; "" for the package itself, which holds nothing."""
+    inner = module.partition(".")[2]
+    return inner if inner in VERBS else inner.partition(".")[0]
+
+
+def floor_of(module):
+    room = room_of(module)
+    return next(n for n, rooms in enumerate(FLOORS) if room in rooms) if room else -1
+
+
+def is_pure(module):
+    return room_of(module) in PURE or module in PURE_FILES
 
 
 def imports_of(source):
@@ -90,16 +89,15 @@ def imports_of(source):
 
 
 def imports_too_high(module, source):
-    """The imports that this module's layer does not allow."""
-    layer, wrong = layer_of(module), []
+    """The imports that this module's place in the house does not allow."""
+    wrong = []
     for name in imports_of(source):
         top = name.partition(".")[0]
         if top == "jaxseg":
-            allowed = layer_of(name) <= layer
-        elif top in sys.stdlib_module_names or layer not in LIBRARIES:
-            allowed = True
+            is_at_home = room_of(name) == room_of(module) or floor_of(name) == floor_of(module) == 0
+            allowed = is_at_home or floor_of(name) < floor_of(module)
         else:
-            allowed = top in LIBRARIES[layer]
+            allowed = not is_pure(module) or top in sys.stdlib_module_names or top in LIBRARIES
         if not allowed:
             wrong.append(name)
     return wrong
@@ -116,28 +114,62 @@ def names_in(source):
             yield from node.name.split(".")
 
 
-def test_every_file_has_a_layer_and_every_layer_entry_a_file():
-    assert {module.split(".")[1] for module in MODULES if module != "jaxseg"} == set(LAYERS)
+def test_every_file_has_a_floor_and_every_room_is_there():
+    assert {room_of(module) for module in MODULES} - {""} == set().union(*FLOORS)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_file_imports_from_its_own_or_lower_layers(module):
+def test_file_imports_from_its_own_room_or_below(module):
     assert imports_too_high(module, MODULES[module].read_text()) == []
 
 
 @pytest.mark.parametrize(
     ("module", "source", "wrong"),
     [
-        ("jaxseg.steps", "from jaxseg import train", ["jaxseg.train"]),
-        ("jaxseg.models.unet", "from jaxseg.optim import create_schedule", ["jaxseg.optim"]),
-        ("jaxseg.losses", "def f():\n    import optax", ["optax"]),
-        ("jaxseg.config", "import jax.numpy as jnp, os", ["jax.numpy"]),
+        ("jaxseg.training.steps", "from jaxseg.run import log", ["jaxseg.run.log"]),
+        (
+            "jaxseg.data.cases",
+            "from jaxseg.evaluation import metrics",
+            ["jaxseg.evaluation.metrics"],
+        ),
+        ("jaxseg.evaluation.plots", "from jaxseg.data import nifti", ["jaxseg.data.nifti"]),
+        ("jaxseg.models.unet", "from jaxseg.training.optim import f", ["jaxseg.training.optim"]),
+        ("jaxseg.predict", "from jaxseg import evaluate", ["jaxseg.evaluate"]),
+        ("jaxseg.run.log", "import jaxseg.data.cases", ["jaxseg.data.cases"]),
+        ("jaxseg.training.losses", "def f():\n    import tensorflow", ["tensorflow"]),
+        ("jaxseg.evaluation.metrics", "import matplotlib.pyplot", ["matplotlib.pyplot"]),
         ("jaxseg.models.unet", "from jaxseg.models.blocks import UpConv\nimport jax", []),
         ("jaxseg.data.cases", "import tensorflow\nfrom jaxseg import geometry", []),
+        ("jaxseg.evaluation.plots", "import matplotlib\nfrom jaxseg.run import writers", []),
     ],
 )
 def test_the_check_above_can_fail(module, source, wrong):
     assert imports_too_high(module, source) == wrong
+
+
+def test_a_package_file_holds_one_docstring():
+    for path in FILES:
+        if path.name == "__init__.py":
+            [statement] = ast.parse(path.read_text()).body
+            assert isinstance(statement.value, ast.Constant), path
+
+
+def test_verbs_are_thin():
+    for verb in VERBS:
+        assert len(MODULES[f"jaxseg.{verb}"].read_text().splitlines()) < 150, verb
+
+
+def test_no_file_and_no_function_is_long():
+    benchmarks = sorted(ROOT.parent.joinpath("benchmarks").glob("*.py"))
+    for path in (*FILES, *benchmarks):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body:
+                    length = body[-1].end_lineno - body[0].lineno + 1
+                    assert length <= 50, f"{path}: {node.name} has {length} lines"
 
 
 def test_pmap_is_named_in_parallel_alone():
@@ -166,20 +198,18 @@ def test_nothing_is_pickled():
     assert {name: found for name, found in named.items() if found} == {"weights.py": {"pickle"}}
 
 
-def test_package_files_import_nothing_heavy():
-    assert list(imports_of((ROOT / "__init__.py").read_text())) == []
-    assert list(imports_of((ROOT / "data" / "__init__.py").read_text())) == []
+def loaded_by(module):
+    """Top-level packages that a fresh Python has loaded after it has imported a module."""
+    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
 
 
-def test_layers_0_to_2_load_nothing_heavy():
-    light = [module for module in MODULES if 0 <= layer_of(module) <= 2]
-    assert len(light) >= 13
-
-    def heavy_after_importing(module):
-        code = f"import sys, {module}; print(*({HEAVY} & set(sys.modules)))"
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-
+def test_pure_modules_load_nothing_heavy_and_light_commands_no_extras():
+    pure = [module for module in MODULES if is_pure(module) and "__main__" not in module]
+    assert len(pure) >= 30
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        loaded = dict(zip(light, pool.map(heavy_after_importing, light), strict=True))
-    assert loaded == {module: [] for module in light}
+        loaded = dict(zip((*pure, *LIGHT), pool.map(loaded_by, (*pure, *LIGHT)), strict=True))
+    assert {module: loaded[module] & HEAVY for module in pure} == {module: set() for module in pure}
+    assert {module: loaded[module] & EXTRAS for module in LIGHT} == {m: set() for m in LIGHT}

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from jaxseg import parallel
-from jaxseg.losses import dice_cross_entropy_loss
 from jaxseg.models.unet import UNet
-from jaxseg.optim import create_optimizer
-from jaxseg.steps import eval_step, over_members, train_step
-from jaxseg.train_state import TrainState
+from jaxseg.training.losses import dice_cross_entropy_loss
+from jaxseg.training.optim import create_optimizer
+from jaxseg.training.state import TrainState
+from jaxseg.training.steps import eval_step, over_members, train_step
 
 COUNTS = (1, 2, 4, 8)
 FEW_STEPS = 4

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg import checkpoint, experiment, train, writers
-from jaxseg.main import HEARTBEAT_TIMEOUT_S
+from jaxseg.experiment import gather, train
+from jaxseg.parallel import HEARTBEAT_TIMEOUT_S
+from jaxseg.run import checkpoint
+from jaxseg.run import log as run_log
 
 pytestmark = pytest.mark.multiprocess
 
@@ -209,13 +211,13 @@ def params(workdir):
 
 
 def scores(workdir):
-    return [row for row in writers.read_metrics(workdir) if "val_dice" in row]
+    return [row for row in run_log.read_metrics(workdir) if "val_dice" in row]
 
 
 def assert_equal_to_the_bit(workdir, expected):
     assert digest(workdir) == digest(expected)
-    assert writers.read_trace(workdir) == writers.read_trace(expected)
-    assert len(writers.read_trace(workdir)) == NUM_STEPS
+    assert run_log.read_trace(workdir) == run_log.read_trace(expected)
+    assert len(run_log.read_trace(workdir)) == NUM_STEPS
     for row, wanted in zip(scores(workdir), scores(expected), strict=True):
         assert row["val_dice"] == wanted["val_dice"]
         # The loss of evaluation is summed in whatever order, strict or not.
@@ -229,7 +231,7 @@ def assert_close(workdir, expected):
         params(workdir),
         params(expected),
     )
-    batches = [[row["batch"] for row in writers.read_trace(run)] for run in (workdir, expected)]
+    batches = [[row["batch"] for row in run_log.read_trace(run)] for run in (workdir, expected)]
     assert batches[0] == batches[1]
     for row, wanted in zip(scores(workdir), scores(expected), strict=True):
         assert row["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-4)
@@ -254,7 +256,7 @@ def assert_stopped(ended, died, within_s=STOP_WITHIN_S):
 
 def assert_same_cases(settings, expected_settings):
     stores = [
-        experiment.load_data(config_of(with_these), writers.SilentLog()).store
+        gather.load_data(config_of(with_these), run_log.SilentLog()).store
         for with_these in (settings, expected_settings)
     ]
     for case_id in map(str, range(8)):
@@ -285,7 +287,7 @@ def test_two_processes_do_what_one_does(lab, alone):
 
     # The first alone speaks.
     assert steps_logged(two) == steps_logged(alone) == ["3", "4", "6", "8", "9", "12"]
-    metrics = [[row["step"] for row in writers.read_metrics(run)] for run in (two, alone)]
+    metrics = [[row["step"] for row in run_log.read_metrics(run)] for run in (two, alone)]
     assert metrics[0] == metrics[1]
     assert json.loads((two / "test.json").read_text()) == json.loads(
         (alone / "test.json").read_text()

@@ -10,9 +10,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxseg import checkpoint, train, writers
 from jaxseg.config import base_config
 from jaxseg.data import pipeline
+from jaxseg.experiment import setup, train
+from jaxseg.run import checkpoint
+from jaxseg.run import log as run_log
 
 NUM_STEPS = 8
 
@@ -92,9 +94,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     assert train.train(config) is None
     for expected, actual in zip(saved_state(trained), saved_state(config), strict=True):
         np.testing.assert_array_equal(actual, expected)
-    assert writers.read_trace(config.workdir) == writers.read_trace(trained.workdir)
+    assert run_log.read_trace(config.workdir) == run_log.read_trace(trained.workdir)
     assert signal.getsignal(signal.SIGINT) is handler
-    steps = [row["step"] for row in writers.read_metrics(config.workdir) if "loss" in row]
+    steps = [row["step"] for row in run_log.read_metrics(config.workdir) if "loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == NUM_STEPS
 
 
@@ -123,7 +125,7 @@ def test_another_config_is_refused_with_the_difference(trained):
     config = copy_of(trained)
     config.model.features = (4, 16)
     config.train.log_every = 1  # free to change
-    with pytest.raises(train.RunProblem) as caught:
+    with pytest.raises(setup.RunProblem) as caught:
         train.train(config)
     assert "model.features: [4, 8] -> [4, 16]" in str(caught.value)
     assert "log_every" not in str(caught.value)
@@ -136,7 +138,7 @@ def test_other_data_is_refused(trained):
     metadata["labels"]["2"] = "renamed"
     path.write_text(json.dumps(metadata))
     try:
-        with pytest.raises(train.RunProblem, match="fingerprint"):
+        with pytest.raises(setup.RunProblem, match="fingerprint"):
             train.train(trained)
     finally:
         path.write_text(original)
@@ -163,7 +165,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, monkey
             yield batch
 
     monkeypatch.setattr(pipeline, "train_batches", poisoned)
-    with pytest.raises(train.RunProblem, match="loss of step 5 is nan"):
+    with pytest.raises(setup.RunProblem, match="loss of step 5 is nan"):
         train.train(config)
     assert all(np.isfinite(leaf).all() for leaf in saved_state(config, step=4))
     manager = checkpoint.open_checkpoints(f"{config.workdir}/checkpoints", keep=2)
@@ -191,7 +193,7 @@ def test_a_signal_while_waiting_for_the_device_is_not_taken_for_saved(config, mo
 
 def test_non_finite_gradient_of_a_finite_loss_stops_too():
     rows = [{"loss": 1.0, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": float("nan")}]
-    with pytest.raises(train.RunProblem, match=r"of step 7 is .* norm nan"):
+    with pytest.raises(setup.RunProblem, match=r"of step 7 is .* norm nan"):
         train.mean_metrics(rows, 7)
 
 
@@ -202,12 +204,12 @@ def test_a_metrics_line_that_a_crash_cut_does_not_stop_resuming(config, monkeypa
     with open(f"{config.workdir}/metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
     assert train.train(config) is None
-    assert writers.read_metrics(config.workdir)[-1]["step"] == NUM_STEPS
+    assert run_log.read_metrics(config.workdir)[-1]["step"] == NUM_STEPS
 
 
 def test_a_batch_that_devices_can_not_share_is_refused(config):
     config.optim.accumulate_steps = 3
-    with pytest.raises(train.RunProblem, match="multiple of 3"):
+    with pytest.raises(setup.RunProblem, match="multiple of 3"):
         train.train(config)
 
 
@@ -216,10 +218,10 @@ def test_a_learning_rate_that_diverges_does_not_end_the_others():
         {"loss": np.float32([1.0, np.nan]), "grad_norm": np.float32([2.0, 3.0])},
         {"loss": np.float32([3.0, np.inf]), "grad_norm": np.float32([4.0, np.nan])},
     ]
-    with pytest.raises(train.RunProblem, match="loss of step 6"):
+    with pytest.raises(setup.RunProblem, match="loss of step 6"):
         train.mean_metrics(rows, 7)
     means = train.mean_metrics(rows, 7, enough=np.any)
     assert (means["loss"], means["grad_norm"]) == (2.0, 3.0)
     rows[1]["loss"][0] = np.nan
-    with pytest.raises(train.RunProblem, match="loss of step 7"):
+    with pytest.raises(setup.RunProblem, match="loss of step 7"):
         train.mean_metrics(rows, 7, enough=np.any)

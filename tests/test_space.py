@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from jaxseg.losses import LOSSES, supervise
 from jaxseg.models.blocks import Conv
 from jaxseg.models.unet import UNet
+from jaxseg.training.losses import LOSSES, supervise
 
 NUM_CLASSES = 3
 

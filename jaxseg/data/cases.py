@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 
-from jaxseg.data import volumes
+from jaxseg.data.nifti import is_nifti
+from jaxseg.problem import Problem
 
 _MAX_CLASSES = 256  # class indices are stored as uint8
 
@@ -39,7 +40,7 @@ class Dataset:
     modalities: tuple[str, ...]
 
 
-class DatasetProblems(Exception):
+class DatasetProblems(Problem):
     """Everything that is wrong with a dataset; `problems` has one sentence for each.
 
     `found` is the Dataset of the cases that are all there, None where nothing could be made of it.
@@ -177,7 +178,7 @@ def _whole_or_problems(dataset, problems):
 
 def _case_id(path):
     name = pathlib.PurePath(path).name
-    return pathlib.PurePath(name.removesuffix(".gz") if volumes.is_nifti(name) else name).stem
+    return pathlib.PurePath(name.removesuffix(".gz") if is_nifti(name) else name).stem
 
 
 def _label_path(root, image_path, label_pattern):
@@ -252,7 +253,7 @@ def _listed_file_problems(path, name):
     normal = os.path.normpath(name)
     if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
         return [f"{path}: {name} leaves the dataset's folder; move the file into it"]
-    if not volumes.is_nifti(name):
+    if not is_nifti(name):
         return [f"{path}: {name} is not named .nii or .nii.gz; convert it to NIfTI"]
     if not (path.parent / normal).is_file():
         return [f"{path}: {name} is listed but missing; copy it there or take it off the list"]
@@ -265,7 +266,7 @@ def _unlisted_file_problems(path, listed):
     return [
         f"{path}: imagesTr/{file.name} is not listed; list it or move it away"
         for file in found
-        if volumes.is_nifti(file.name)
+        if is_nifti(file.name)
         and not file.name.startswith(".")
         and os.path.join("imagesTr", file.name) not in listed
     ]

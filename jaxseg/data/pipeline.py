@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from jaxseg.data.augment import augment, region_size
-from jaxseg.inference import mirrored
+from jaxseg.geometry import mirrored
 
 
 def train_batches(

@@ -6,8 +6,9 @@ import os
 import pathlib
 import re
 
-from jaxseg.data.volumes import is_nifti
-from jaxseg.writers import json_ready, write_text
+from jaxseg.data.nifti import is_nifti
+from jaxseg.problem import Problem
+from jaxseg.run.writers import json_ready, write_text
 
 RECORDS_NAME = "predictions.json"
 
@@ -15,7 +16,7 @@ _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _KINDS = "NIfTI (.nii, .nii.gz) or picture (.png, .jpg, .jpeg, .tif, .tiff)"
 
 
-class FolderProblem(ValueError):
+class FolderProblem(Problem, ValueError):
     """Nothing can be predicted from or into a folder; the message says why and how to mend it."""
 
 

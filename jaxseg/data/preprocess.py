@@ -6,9 +6,11 @@ import json
 import numpy as np
 from scipy import ndimage
 
-from jaxseg import familiarity, geometry
+from jaxseg import geometry
+from jaxseg.data import familiarity
 from jaxseg.data.cases import DatasetProblems
-from jaxseg.data.volumes import read_image, read_label
+from jaxseg.data.images import read_image
+from jaxseg.data.labels import read_label
 
 # Enough voxels per case for stable percentiles, few enough to keep those of every case in memory.
 VOXELS_PER_CASE = 10_000

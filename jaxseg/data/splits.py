@@ -6,13 +6,14 @@ import re
 
 import numpy as np
 
-from jaxseg import writers
+from jaxseg.problem import Problem
+from jaxseg.run import writers
 
 SETS = ("train", "val", "test")
 UNUSED = "unused"
 
 
-class SplitProblem(ValueError):
+class SplitProblem(Problem, ValueError):
     """The wanted split can not be made; the message says why and how to mend it."""
 
 

@@ -5,7 +5,9 @@ import hashlib
 
 import numpy as np
 
-from jaxseg.data import cases, volumes
+from jaxseg.data import cases, images, labels
+from jaxseg.geometry import AFFINE_TOLERANCE_MM
+from jaxseg.problem import FileProblem
 
 
 def verify(dataset, progress=None):
@@ -24,11 +26,11 @@ def verify(dataset, progress=None):
     problems = []
     num_channels, id_by_content = {}, {}
     for case in progress(dataset.cases) if progress else dataset.cases:
-        image, image_affine = _try(problems, volumes.decode_image, case.image_path)
-        values, label_affine = _try(problems, volumes.decode_label, case.label_path)
+        image, image_affine = _try(problems, images.decode_image, case.image_path)
+        values, label_affine = _try(problems, labels.decode_label, case.label_path)
         if image is not None:
-            problems += volumes.affine_problems(case.image_path, image_affine)
-            problems += volumes.image_problems(case.image_path, image)
+            problems += images.affine_problems(case.image_path, image_affine)
+            problems += images.image_problems(case.image_path, image)
             problems += _constant_problems(case.image_path, image)
             num_channels[case.image_path] = image.shape[3]
             other_id = id_by_content.setdefault(_content_key(image), case.case_id)
@@ -37,10 +39,10 @@ def verify(dataset, progress=None):
                     f"{case.image_path}: same image as case {other_id}; remove one of the two"
                 )
         if values is not None:
-            problems += volumes.affine_problems(case.label_path, label_affine)
+            problems += images.affine_problems(case.label_path, label_affine)
             try:
-                volumes.encode_label(case.label_path, values, dataset.label_values)
-            except volumes.FileProblem as problem:
+                labels.encode_label(case.label_path, values, dataset.label_values)
+            except FileProblem as problem:
                 problems.append(problem)
         if image is not None and values is not None:
             problems += _grid_problems(case, image.shape[:3], image_affine, values, label_affine)
@@ -52,7 +54,7 @@ def verify(dataset, progress=None):
 def _try(problems, decode, path):
     try:
         return decode(path)
-    except volumes.FileProblem as problem:
+    except FileProblem as problem:
         problems.append(problem)
         return None, None
 
@@ -76,7 +78,7 @@ def _grid_problems(case, image_shape, image_affine, values, label_affine):
             f"{list(image_shape)}; resample the label to the image's grid"
         )
     difference = np.abs(image_affine - label_affine).max()
-    if difference > volumes.AFFINE_TOLERANCE_MM:
+    if difference > AFFINE_TOLERANCE_MM:
         problems.append(
             f"{case.label_path}: its affine differs from that of {case.image_path} by up to "
             f"{difference:.4g} (label {_compact(label_affine)}, image {_compact(image_affine)}); "

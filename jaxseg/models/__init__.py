@@ -1,22 +1,5 @@
-"""Segmentation networks as flax.linen modules, by name."""
+"""The networks: U-Net and FCN as flax.linen modules.
 
-from jaxseg.models.fcn import FCN
-from jaxseg.models.unet import UNet
-
-MODELS = {"fcn": FCN, "unet": UNet}
-
-
-def create_model(name, num_classes, **options):
-    """Builds an uninitialised network.
-
-    Args:
-      name: a key of `MODELS`.
-      num_classes: classes to tell apart, background included.
-      **options: the module's own fields.
-    Returns:
-      A flax.linen module: `model.apply(variables, image, train=False)` maps an image [B, *S, C] to
-      float32 logits [B, *S, num_classes]; 2D or 3D by the image's rank.
-    Raises:
-      KeyError: no model has that name.
-    """
-    return MODELS[name](num_classes=num_classes, **options)
+An image [B, *S, C] comes in, float32 logits [B, *S, num_classes] go out; 2D or 3D by the image's
+rank. Nothing here knows of training, files or commands.
+"""

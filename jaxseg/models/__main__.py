@@ -11,7 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxseg.models import MODELS, create_model
+from jaxseg.models.registry import MODELS, create_model
 from jaxseg.models.summary import summarise_model, training_memory
 
 

@@ -130,29 +130,32 @@ class UNet(nn.Module):
         block = in_blocks(ConvBlock, style)
         coarser = []
         for level in reversed(range(depth - 1)):
-            coarse, skip = x, skips[level]
-            if self.up == "conv":
-                x = UpConv(features[level], strides[level], style.dtype, name=f"upconv{level}")(x)
-            else:
-                x = resize_linear(
-                    x, [n * s for n, s in zip(x.shape[1:-1], strides[level], strict=True)]
-                )
-            if self.padding == "same":
-                x = crop_to(x, skip.shape[1:-1], (0,) * rank)
-            else:
-                skip = crop_to(skip, x.shape[1:-1])
-            if self.attention:
-                gate = AttentionGate(max(features[level] // 2, 1), style.dtype, name=f"gate{level}")
-                skip = gate(skip, coarse, strides[level])
             x = block(
                 features[level], self.decoder_convs, style, kernel_sizes[level], name=f"up{level}"
-            )(jnp.concatenate([skip, x], axis=-1), train)
+            )(self._joined(x, skips[level], level, strides[level]), train)
             if self.deep_supervision and 0 < level < depth - 2:
                 coarser.append(self._score(x, f"head{level}"))
         logits = self._score(x, "head")
         if self.deep_supervision and train:
             return (logits, *reversed(coarser))
         return logits
+
+    def _joined(self, coarse, skip, level, stride):
+        """Channels of the coarser level, brought to this one's resolution, beside its own."""
+        features, dtype = self.level_features[level], jnp.dtype(self.dtype)
+        if self.up == "conv":
+            x = UpConv(features, stride, dtype, name=f"upconv{level}")(coarse)
+        else:
+            shape = [n * s for n, s in zip(coarse.shape[1:-1], stride, strict=True)]
+            x = resize_linear(coarse, shape)
+        if self.padding == "same":
+            x = crop_to(x, skip.shape[1:-1], (0,) * len(stride))
+        else:
+            skip = crop_to(skip, x.shape[1:-1])
+        if self.attention:
+            gate = AttentionGate(max(features // 2, 1), dtype, name=f"gate{level}")
+            skip = gate(skip, coarse, stride)
+        return jnp.concatenate([skip, x], axis=-1)
 
     def _score(self, x, name):
         init = nn.initializers.lecun_normal()

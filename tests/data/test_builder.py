@@ -11,13 +11,23 @@ import nibabel
 import numpy as np
 import pytest
 
-from jaxseg.data import blocks, builder, cases, preprocess, volumes
+from jaxseg.data import (
+    blocked_arrays,
+    builder,
+    cases,
+    fingerprint,
+    images,
+    labels,
+    parts,
+    prepared,
+    preprocess,
+)
 
 OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
 
 
 def prepare(dataset, cache_dir, plan_ids=("case_00", "case_01"), **options):
-    return builder.prepare(dataset, plan_ids, cache_dir=str(cache_dir), **(OPTIONS | options))
+    return prepared.prepare(dataset, plan_ids, cache_dir=str(cache_dir), **(OPTIONS | options))
 
 
 def whole(case):
@@ -39,7 +49,7 @@ def count_reads(monkeypatch):
 
     def counted(path):
         reads.append(pathlib.Path(path).name)
-        return volumes.read_image(path)
+        return images.read_image(path)
 
     monkeypatch.setattr(builder, "read_image", counted)
     return reads
@@ -81,8 +91,8 @@ def test_records_are_what_preprocessing_gives(tmp_path, make_msd_folder):
     store, plan, _ = prepare(dataset, tmp_path / "cache", ["case_00"], spacing_mm=(1.0, 1.2, 1.5))
     assert plan.spacing_mm == (1.0, 1.2, 1.5)
     for case in dataset.cases:
-        image, file_affine = volumes.read_image(case.image_path)
-        label, _ = volumes.read_label(case.label_path, dataset.label_values)
+        image, file_affine = images.read_image(case.image_path)
+        label, _ = labels.read_label(case.label_path, dataset.label_values)
         expected, _ = preprocess.preprocess_image(image, file_affine, plan)
         prepared = whole(store[case.case_id])
         np.testing.assert_array_equal(prepared.image, expected)
@@ -187,7 +197,7 @@ def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, o
 
 def test_changed_data_is_another_fingerprint(tmp_path, dataset):
     def fingerprint(dataset):
-        return builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+        return fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
 
     fingerprints = [fingerprint(dataset)]
     rewrite_image(dataset, 1, lambda image: image + (image == image.max()))
@@ -255,7 +265,7 @@ class Interrupted(BaseException):
 def test_an_interrupted_preparation_goes_on(
     tmp_path, dataset, count_reads, monkeypatch, phase, error
 ):
-    monkeypatch.setattr(builder, "CASES_PER_PART", 1)
+    monkeypatch.setattr(parts, "CASES_PER_PART", 1)
     cache, killed = tmp_path / "cache", tmp_path / "killed"
     cache.mkdir()
 
@@ -346,15 +356,15 @@ def test_an_unknown_case_is_an_error(tmp_path, dataset):
 
 def test_store_reads_again_when_memory_is_short(tmp_path, dataset, monkeypatch):
     roomy, _, _ = prepare(dataset, tmp_path / "cache")
-    monkeypatch.setattr(builder, "CACHE_BYTES", 1)
+    monkeypatch.setattr(prepared, "CACHE_BYTES", 1)
     store, _, _ = prepare(dataset, tmp_path / "cache")
     for case_id in ("case_00", "case_01", "case_00", "case_02"):
         assert_same_case(store[case_id], roomy[case_id])
 
 
 def test_a_slice_reads_only_the_blocks_it_touches(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_VOXELS", 4 * 4 * 2)
-    monkeypatch.setattr(blocks, "BLOCK_DEPTH", 2)
+    monkeypatch.setattr(blocked_arrays, "BLOCK_VOXELS", 4 * 4 * 2)
+    monkeypatch.setattr(blocked_arrays, "BLOCK_DEPTH", 2)
     store, _, _ = prepare(dataset, tmp_path / "cache")  # of [20, 18, 8]: 5 x 5 x 4 blocks
     expected = whole(prepare(dataset, tmp_path / "cache")[0]["case_01"])
     read = []
@@ -394,7 +404,7 @@ def test_border_weights_are_stored_apart_and_read_back(tmp_path, dataset, count_
     assert len(count_reads) == 2 * len(dataset.cases)  # the third finds the second's
     for case in dataset.cases:
         assert plain[case.case_id].weight is None
-        instances, affine = volumes.read_instances(case.label_path, dataset.label_values)
+        instances, affine = labels.read_instances(case.label_path, dataset.label_values)
         plan = preprocess.Plan((1.0, 1.0, 2.0), ("zscore",), ((),), 1, 1)
         instances = preprocess.preprocess_instances(instances, affine, plan)
         expected = preprocess.border_weights(instances, **options)
@@ -414,22 +424,22 @@ def count_digests(monkeypatch):
 
     fake = types.SimpleNamespace(sha256=hashlib.sha256, file_digest=counted)
     monkeypatch.setattr(builder, "hashlib", fake)
-    monkeypatch.setattr(builder, "SETTLED_S", -1.0)  # tests do not wait
+    monkeypatch.setattr(fingerprint, "SETTLED_S", -1.0)  # tests do not wait
     return names
 
 
 def test_files_that_are_as_they_were_are_not_read_again(tmp_path, dataset, count_digests):
-    first = builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+    first = fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
     assert len(count_digests) == 6
-    assert builder.data_fingerprint(dataset, str(tmp_path / "cache")) == first
+    assert fingerprint.data_fingerprint(dataset, str(tmp_path / "cache")) == first
     assert len(count_digests) == 6
-    assert builder.data_fingerprint(dataset, str(tmp_path / "elsewhere")) == first
+    assert fingerprint.data_fingerprint(dataset, str(tmp_path / "elsewhere")) == first
     assert len(count_digests) == 12
 
 
 @pytest.mark.parametrize("kept_time", [False, True])
 def test_a_changed_file_of_the_same_size_is_noticed(tmp_path, dataset, count_digests, kept_time):
-    first = builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+    first = fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
     path = pathlib.Path(dataset.cases[1].label_path)
     status, content = path.stat(), bytearray(path.read_bytes())
     content[-9] ^= 1
@@ -438,22 +448,22 @@ def test_a_changed_file_of_the_same_size_is_noticed(tmp_path, dataset, count_dig
     if kept_time:  # as copying with "cp -p" does
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     count_digests.clear()
-    assert builder.data_fingerprint(dataset, str(tmp_path / "cache")) != first
+    assert fingerprint.data_fingerprint(dataset, str(tmp_path / "cache")) != first
     assert count_digests == ["case_01.nii.gz"]
 
 
 def test_a_file_that_was_just_written_is_read_again(tmp_path, dataset, count_digests, monkeypatch):
     """It could be written once more without a new time of change."""
-    monkeypatch.setattr(builder, "SETTLED_S", 1e4)
+    monkeypatch.setattr(fingerprint, "SETTLED_S", 1e4)
     for _ in range(2):
-        builder.data_fingerprint(dataset, str(tmp_path / "cache"))
+        fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
     assert len(count_digests) == 12
 
 
 def test_processes_that_share_the_work_make_what_one_makes(
     tmp_path, dataset, count_reads, monkeypatch
 ):
-    monkeypatch.setattr(builder, "CASES_PER_PART", 1)
+    monkeypatch.setattr(parts, "CASES_PER_PART", 1)
     expected, plan, fingerprint = prepare(dataset, tmp_path / "one")
     count_reads.clear()
     meeting = threading.Barrier(2, timeout=60)
@@ -488,7 +498,7 @@ def test_processes_that_share_the_work_make_what_one_makes(
 def test_processes_that_do_not_share_a_file_system_are_told(tmp_path, dataset, monkeypatch):
     with pytest.raises(OSError, match=r"plan.json: not there \(1 of 1 missing\).*all hosts share"):
         prepare(dataset, tmp_path / "a", process_index=1, process_count=2)
-    monkeypatch.setattr(builder, "CASES_PER_PART", 1)
+    monkeypatch.setattr(parts, "CASES_PER_PART", 1)
     with pytest.raises(OSError, match=r"part-001-of-003: not there \(1 of 3 missing\)"):
         prepare(dataset, tmp_path / "b", process_index=0, process_count=2)
 

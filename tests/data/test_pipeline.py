@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxseg import inference
 from jaxseg.config import base_config
-from jaxseg.data import blocks, cases
+from jaxseg.data import blocked_arrays, cases
 from jaxseg.data.augment import region_size
-from jaxseg.data.builder import PreparedCase, prepare
 from jaxseg.data.pipeline import sample_region, train_batches
+from jaxseg.data.prepared import PreparedCase, prepare
+from jaxseg.inference import sliding_window
 
 OFF = base_config().augment.to_dict()
 for options in OFF.values():
@@ -271,7 +271,7 @@ def seen_in_inference(image, patch_size, margin):
     """The one patch that whole-volume prediction makes of a small case."""
     order = (2, 0, 1) if len(patch_size) == 2 else (0, 1, 2)
     image = image.transpose(*order, 3)
-    tiling = inference.create_tiling(patch_size, margin, 1, image.shape[0])
+    tiling = sliding_window.create_tiling(patch_size, margin, 1, image.shape[0])
     captured = []
 
     def patch_fn(patches):
@@ -281,7 +281,7 @@ def seen_in_inference(image, patch_size, margin):
 
     size = np.int32(image.shape[:3])
     with jax.disable_jit():
-        inference.predict_volume(
+        sliding_window.predict_volume(
             patch_fn,
             lambda maps: {"maps": maps},
             jnp.asarray(image),
@@ -391,8 +391,8 @@ def test_weights_pass_augmentation_unchanged_in_value():
 @pytest.fixture(params=[False, True], ids=["plain", "weighted"])
 def stores(request, tmp_path, make_msd_folder, monkeypatch):
     """The same cases as blocks on disk and as arrays in memory."""
-    monkeypatch.setattr(blocks, "BLOCK_VOXELS", 5 * 5 * 3)
-    monkeypatch.setattr(blocks, "BLOCK_DEPTH", 3)  # of cases [20, 18, 8]: 4 x 4 x 3 blocks
+    monkeypatch.setattr(blocked_arrays, "BLOCK_VOXELS", 5 * 5 * 3)
+    monkeypatch.setattr(blocked_arrays, "BLOCK_DEPTH", 3)  # of cases [20, 18, 8]: 4 x 4 x 3 blocks
     dataset = cases.find_msd_cases(make_msd_folder(num_cases=3))
     on_disk, _, _ = prepare(
         dataset,

@@ -12,14 +12,14 @@ import nibabel
 import numpy as np
 import pytest
 
-from jaxseg.data import builder, cases
+from jaxseg.data import builder, cases, parts, prepared
 
 OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
 
 
 def prepare(dataset, cache_dir, **options):
     case_ids = [case.case_id for case in dataset.cases]
-    return builder.prepare(dataset, case_ids, cache_dir=str(cache_dir), **options, **OPTIONS)
+    return prepared.prepare(dataset, case_ids, cache_dir=str(cache_dir), **options, **OPTIONS)
 
 
 def contents(cache_dir):
@@ -44,9 +44,9 @@ def test_a_pool_makes_what_one_process_makes_also_after_a_worker_was_killed(
     tmp_path, make_msd_folder, monkeypatch
 ):
     dataset = cases.find_msd_cases(make_msd_folder(num_cases=3))
-    monkeypatch.setattr(builder, "CASES_PER_PART", 1)
+    monkeypatch.setattr(parts, "CASES_PER_PART", 1)
     prepare(dataset, tmp_path / "one")
-    monkeypatch.setattr(builder, "POOL_BYTES", 0)
+    monkeypatch.setattr(parts, "POOL_BYTES", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
 
     def kill_a_worker():
@@ -88,8 +88,8 @@ from jaxseg.data import builder, cases
 from jaxseg.data.pipeline import train_batches
 
 folder, root, limit_mib, cache_mib, num_steps, rank = sys.argv[1:3] + [int(a) for a in sys.argv[3:]]
-builder.CACHE_BYTES = cache_mib << 20
-builder.MAX_WORKERS = 1
+prepared.CACHE_BYTES = cache_mib << 20
+parts.MAX_WORKERS = 1
 
 def memory(name):
     return int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
@@ -102,7 +102,7 @@ def batches(store, case_ids, num_steps):
         augment_params=config.augment.to_dict(),
     )
 
-small = builder.PreparedCase(np.zeros((40, 40, 9, 1), np.float32), np.zeros((40, 40, 9)), ())
+small = prepared.PreparedCase(np.zeros((40, 40, 9, 1), np.float32), np.zeros((40, 40, 9)), ())
 for _ in batches({"small": small}, ["small"], 2):  # the threads and buffers of tf.data itself
     pass
 start, start_rss = memory("VmData"), memory("VmRSS")
@@ -110,7 +110,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (start + (limit_mib << 20),) * 2)
 dataset = cases.find_msd_cases(root)
 case_ids = [case.case_id for case in dataset.cases]
 began = time.perf_counter()
-store, _, _ = builder.prepare(
+store, _, _ = prepared.prepare(
     dataset, case_ids, cache_dir=folder, spacing_mm=(), normalisation="auto", image_order=1,
     label_order=1,
 )

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxseg.models import MODELS, create_model
 from jaxseg.models.blocks import (
     AttentionGate,
     Conv,
@@ -20,6 +19,7 @@ from jaxseg.models.blocks import (
     he_normal,
     resize_linear,
 )
+from jaxseg.models.registry import MODELS, create_model
 
 SHAPES = [(5, 4), (3, 2, 4)]
 

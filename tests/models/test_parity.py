@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxseg import losses, transfer
 from jaxseg.models.blocks import Style
 from jaxseg.models.encoders import VGG16, ResNet
 from jaxseg.models.fcn import FCN
 from jaxseg.models.unet import UNet
+from jaxseg.training import losses, transfer
 
 torch = pytest.importorskip("torch")
 networks = pytest.importorskip("torch_networks")

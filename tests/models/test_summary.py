@@ -4,12 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import pytest
 
-from jaxseg.models.summary import (
-    count_flops,
-    count_parameters,
-    summarise_model,
-    training_memory,
-)
+from jaxseg.models.summary import count_flops, count_parameters, summarise_model, training_memory
 from jaxseg.models.unet import UNet
 
 

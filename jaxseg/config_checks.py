@@ -1,0 +1,358 @@
+"""What makes a config valid: every problem, in words, before data or devices are touched."""
+
+import difflib
+import math
+import re
+
+from ml_collections import ConfigDict
+
+from jaxseg.config import (
+    MODEL_DEFAULTS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PUBLISHED_DEPTHS,
+    ConfigProblems,
+    choices_of,
+    flatten,
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks a whole config before data or devices are touched.
+
+    Raises:
+      ConfigProblems: lists every problem found, not just the first.
+    """
+    fields = flatten(config)
+    problems = [
+        *_choice_problems(config.model.name, fields),
+        *_model_problems(config),
+        *_sign_problems(fields),
+        *(problem for name, value in fields.items() for problem in _kind_problems(name, value)),
+        *_data_problems(config),
+        *_split_problems(config.split),
+        *_training_problems(config),
+        *_parallel_problems(config),
+        *_ensemble_problems(config),
+    ]
+    if problems:
+        raise ConfigProblems(problems)
+
+
+def _choice_problems(model, fields):
+    return [
+        _not_a_choice(name, fields[name], choices)
+        for name, choices in choices_of(model).items()
+        if name in fields and fields[name] not in choices
+    ]
+
+
+def _sign_problems(fields):
+    problems = []
+    for name in POSITIVE:
+        if not all(_is_number(v) and v > 0 for v in _entries(fields[name])):
+            problems.append(f"{name} must be positive, not {fields[name]!r}")
+    for name in NOT_NEGATIVE:
+        if not all(_is_number(v) and v >= 0 for v in _entries(fields[name])):
+            problems.append(f"{name} must not be negative, not {fields[name]!r}")
+    return problems
+
+
+def _kind_problems(name, value):
+    """What is wrong with a field of a kind that its name tells."""
+    problems = []
+    is_range = name.rpartition(".")[2].startswith("range")
+    if name in ("data.patch_size", "model.features") and any(isinstance(v, float) for v in value):
+        problems.append(f"{name} must hold whole numbers, not {value!r}")
+    is_probability = not is_range and name.endswith((".prob", "_fraction", ".dropout", ".momentum"))
+    if is_probability and not (_is_number(value) and 0 <= value <= 1):
+        problems.append(f"{name} must lie in [0, 1], not {value!r}")
+    if name in ("model.dropout", "optim.momentum") and value == 1:
+        problems.append(f"{name} must be below 1")
+    if is_range and not (len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]):
+        problems.append(f"{name} must be (lowest, highest), not {value!r}")
+    if name.endswith("_regex"):
+        problems += _regex_problems(name, value)
+    return problems
+
+
+def _entries(value):
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _not_a_choice(name, value, choices):
+    nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{name} is {value!r}, must be one of {', '.join(map(repr, choices))}{hint}"
+
+
+def _regex_problems(name, value):
+    try:
+        groups = re.compile(value).groups
+    except re.error as error:
+        return [f"{name} {value!r} is not a regular expression: {error}"]
+    if name == "split.subject_regex" and value and groups < 1:
+        return [f"{name} {value!r} needs a group (...) that holds the subject"]
+    return []
+
+
+def _data_problems(config):
+    problems = [
+        f"{name} {path!r} is the address of an object store: mount it, and give that folder"
+        for name, path in (("workdir", config.workdir), ("data.dir", config.data.dir))
+        if "://" in path
+    ]
+    data = config.data
+    rank = len(data.patch_size)
+    if rank not in (2, 3):
+        problems.append(f"data.patch_size needs 2 (slices) or 3 (volumes) entries, not {rank}")
+    if any(axis not in range(rank) for axis in config.augment.flip.axes):
+        problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
+    if len(config.preprocess.spacing_mm) not in (0, 3):
+        problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
+    if data.kind == "images" and not data.dir:
+        problems.append("data.kind is 'images': say where they are with --config.data.dir=DIR")
+    if data.kind == "images" and rank == 3:
+        problems.append("data.kind is 'images': data.patch_size must have 2 entries")
+    if data.kind == "images" and "{case}" not in data.label_pattern:
+        problems.append(f"data.label_pattern {data.label_pattern!r} must contain {{case}}")
+    if not all(isinstance(name, str) for name in data.class_names):
+        problems.append(f"data.class_names must be text, not {data.class_names!r}")
+    if not all(isinstance(v, int) and v >= 0 for v in data.label_values):
+        problems.append(f"data.label_values must be whole and not negative: {data.label_values!r}")
+    if not data.image_glob or data.image_glob.startswith("/"):
+        problems.append(f"data.image_glob {data.image_glob!r} must be relative to data.dir")
+    if len(data.class_names) < 2:
+        problems.append("data.class_names needs the background and at least one class")
+    if data.label_values and len(data.label_values) != len(data.class_names):
+        problems.append(
+            f"data.label_values has {len(data.label_values)} entries, "
+            f"data.class_names {len(data.class_names)}: they must agree"
+        )
+    return problems
+
+
+def _split_problems(split):
+    problems = []
+    if split.file and (split.num_folds or split.test_regex):
+        problems.append("split.file already says who is where: unset num_folds and test_regex")
+    if split.num_folds == 1 or split.num_folds < 0:
+        problems.append("split.num_folds must be 0 (no cross-validation) or at least 2")
+    elif not split.file and split.fold not in range(max(split.num_folds, 1)):
+        problems.append(
+            f"split.fold {split.fold} is missing: there are {split.num_folds} folds, from 0"
+        )
+    if split.val_fraction + split.test_fraction >= 1:
+        problems.append("split.val_fraction + split.test_fraction leave no training cases")
+    return problems
+
+
+def _model_problems(config):
+    model, rank = config.model, len(config.data.patch_size)
+    if model.name not in MODEL_DEFAULTS:
+        return [_not_a_choice("model.name", model.name, tuple(MODEL_DEFAULTS))]
+    if set(model) != set(MODEL_DEFAULTS[model.name]):
+        return [
+            f"model.name is {model.name!r} but the other model fields belong to another "
+            f"model: start the config from base_config({model.name!r})"
+        ]
+    problems = []
+    published = model.encoder in PUBLISHED_DEPTHS
+    depth = PUBLISHED_DEPTHS[model.encoder] if published else len(model.features)
+    if published and model.features:
+        problems.append(
+            f"model.encoder {model.encoder!r} has published channels: set model.features to ()"
+        )
+    if not published and not model.features:
+        problems.append("model.features is (): give one number per resolution, finest first")
+    if model.freeze_batch_stats and model.norm != "batch" and "resnet" not in model.encoder:
+        problems.append("model.freeze_batch_stats needs batch normalisation in the network")
+    if model.norm == "group" and any(_is_number(f) and f % 8 for f in model.features):
+        problems.append(f"model.norm 'group' needs features divisible by 8, not {model.features}")
+    if model.name == "fcn":
+        return problems + _fcn_problems(model, depth)
+    return problems + _unet_problems(model, depth, rank)
+
+
+def _fcn_problems(model, depth):
+    problems = []
+    if depth != 5:
+        problems.append(f"model.features of an FCN needs 5 entries (pool1 ... pool5), not {depth}")
+    if model.padding == "paper" and model.encoder != "vgg16":
+        problems.append("model.padding 'paper' belongs to model.encoder 'vgg16'")
+    return problems
+
+
+def _unet_problems(model, depth, rank):
+    problems = []
+    published = model.encoder in PUBLISHED_DEPTHS
+    if not model.num_convs:
+        problems.append("model.num_convs is (): give one number for all resolutions, or one each")
+    if model.decoder_convs < 1:
+        problems.append(f"model.decoder_convs must be at least 1, not {model.decoder_convs}")
+    if model.deep_supervision and depth < 4:
+        problems.append(f"model.deep_supervision needs at least 4 resolutions, not {depth}")
+    if model.down != "conv" and model.encoder != "plain":
+        problems.append(f"model.down {model.down!r} belongs to model.encoder 'plain'")
+    if model.dropout and published:
+        problems.append(
+            f"model.dropout does not reach model.encoder {model.encoder!r}: set it to 0"
+        )
+    problems += _per_resolution_problems(model, depth, rank)
+    if published and (model.kernel_sizes or model.strides):
+        problems.append(
+            f"model.encoder {model.encoder!r} has published kernels and strides: set "
+            "model.kernel_sizes and model.strides to ()"
+        )
+    if model.padding == "valid":
+        if model.encoder != "plain":
+            problems.append("model.padding 'valid' needs model.encoder 'plain'")
+        if model.deep_supervision:
+            problems.append("model.deep_supervision needs model.padding 'same'")
+    return problems
+
+
+def _per_resolution_problems(model, depth, rank):
+    problems = []
+    lengths = {"kernel_sizes": depth, "strides": depth - 1}
+    if len(model.num_convs) > 1:
+        lengths["num_convs"] = depth
+    for name, length in lengths.items():
+        entries = model[name]
+        if entries and len(entries) != length:
+            problems.append(
+                f"model.{name} needs {length} entries for {depth} resolutions, not {len(entries)}"
+            )
+        for entry in entries:
+            numbers = _entries(entry)
+            fits = isinstance(entry, int) or (len(numbers) == rank and name != "num_convs")
+            if not fits or not all(isinstance(n, int) and n > 0 for n in numbers):
+                problems.append(
+                    f"model.{name} must hold whole numbers, or {rank} of them for the axes of the "
+                    f"patch, not {entry!r}"
+                )
+    return problems
+
+
+def _group_problems(entry):
+    if not (
+        isinstance(entry, tuple)
+        and len(entry) == 3
+        and isinstance(entry[0], str)
+        and _is_number(entry[1])
+        and entry[1] >= 0
+        and isinstance(entry[2], int)
+        and entry[2] >= 0
+    ):
+        return [
+            "optim.groups must hold (pattern, learning-rate factor, first step), for example "
+            f"('encoder/.*', 0.1, 0), not {entry!r}"
+        ]
+    return _regex_problems("optim.groups", entry[0])
+
+
+def _training_problems(config):
+    problems = []
+    optim, train = config.optim, config.train
+    if config.init.strict and not config.init.checkpoint:
+        problems.append("init.strict needs an init.checkpoint")
+    for entry in optim.groups:
+        problems += _group_problems(entry)
+    if not 0 <= config.seed < 2**31:
+        problems.append(f"seed {config.seed} must lie in [0, 2147483647]")
+    if optim.warmup_steps < 0 or optim.warmup_steps >= train.num_steps:
+        problems.append(
+            f"optim.warmup_steps {optim.warmup_steps} must lie in [0, train.num_steps = "
+            f"{train.num_steps})"
+        )
+    if optim.accumulate_steps > 0 and train.batch_size % optim.accumulate_steps:
+        problems.append(
+            f"train.batch_size {train.batch_size} must be divisible by optim.accumulate_steps "
+            f"{optim.accumulate_steps}"
+        )
+    return problems
+
+
+def _parallel_problems(config):
+    problems = []
+    parallel, model, train = config.parallel, config.model, config.train
+    shards, space = parallel.virtual_shards, parallel.space
+    if shards & (shards - 1):
+        problems.append(f"parallel.virtual_shards {shards} must be a power of two, or 0")
+    elif shards and train.batch_size % shards:
+        problems.append(
+            f"train.batch_size {train.batch_size} must be divisible by parallel.virtual_shards "
+            f"{shards}"
+        )
+    if shards and config.optim.accumulate_steps > 1:
+        problems.append(
+            "parallel.virtual_shards are computed one by one already: set "
+            "optim.accumulate_steps to 1"
+        )
+    has_batch_norm = model.norm == "batch" or "resnet" in model.encoder
+    if shards and has_batch_norm and not model.freeze_batch_stats:
+        problems.append(
+            "parallel.virtual_shards can not share the statistics of batch normalisation: use "
+            "another model.norm, or model.freeze_batch_stats"
+        )
+    return problems + (_space_problems(config) if space > 1 else [])
+
+
+def _space_problems(config):
+    """What stands against devices that share each image."""
+    problems = []
+    parallel, model = config.parallel, config.model
+    if parallel.mode != "shard_map":
+        problems.append("parallel.space needs parallel.mode 'shard_map'")
+    if parallel.virtual_shards:
+        problems.append("parallel.space can not be had together with parallel.virtual_shards")
+    whole = {"padding": "same", "up": "conv", "attention": False}
+    if (
+        model.name != "unet"
+        or model.encoder in PUBLISHED_DEPTHS
+        or any(model[name] != value for name, value in whole.items())
+    ):
+        return [
+            *problems,
+            "parallel.space needs a U-Net with model.encoder 'plain' or 'residual', model.padding "
+            "'same', model.up 'conv', and no model.attention",
+        ]
+    steps = model.strides or (2,) * (len(model.features) - 1)
+    parts = parallel.space * math.prod(_entries(step)[0] for step in steps)
+    if config.data.patch_size[0] % parts:
+        problems.append(
+            f"data.patch_size {tuple(config.data.patch_size)} must begin with a multiple of "
+            f"{parts}, so that parallel.space {parallel.space} parts stay aligned at all "
+            "resolutions"
+        )
+    return problems
+
+
+def _ensemble_problems(config):
+    problems = []
+    ensemble, rate = config.ensemble, config.optim.learning_rate
+    is_sweep = isinstance(rate, tuple | list)
+    if is_sweep and len(rate) < 2:
+        problems.append(f"optim.learning_rate {rate!r} must list two rates or more, or be a number")
+    if (ensemble.size > 1) + (ensemble.folds > 0) + is_sweep > 1:
+        problems.append(
+            "ensemble.size, ensemble.folds and a list of optim.learning_rate exclude each other"
+        )
+    if is_sweep and len(set(rate)) < len(rate):
+        problems.append(f"optim.learning_rate {rate!r} must not list a rate twice")
+    if ensemble.folds and config.split.fold:
+        problems.append("ensemble.folds trains every fold: set split.fold to 0")
+    if ensemble.folds == 1:
+        problems.append("ensemble.folds must be at least 2, or 0")
+    if ensemble.folds and config.split.num_folds not in (0, ensemble.folds):
+        problems.append(
+            f"split.num_folds {config.split.num_folds} must be ensemble.folds {ensemble.folds}, "
+            "or 0"
+        )
+    if ensemble.size > 1 and config.seed + ensemble.size > 2**31:
+        problems.append(f"seed {config.seed} + ensemble.size {ensemble.size} must not pass 2^31")
+    return problems

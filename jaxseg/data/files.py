@@ -1,0 +1,50 @@
+"""Bytes of image files, plain or gzip: read with one clear error, written whole or not at all."""
+
+import contextlib
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from jaxseg.problem import file_problem
+from jaxseg.run.writers import replacing
+
+COPY_AGAIN = "copy it again from the source"
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether the file name ends in .gz."""
+    return os.fspath(path).lower().endswith(".gz")
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[IO[bytes]]:
+    """Yields the bytes of a file as a stream, decompressed if its name ends in .gz.
+
+    Raises:
+      FileProblem: The file is missing, cannot be read, or is a damaged gzip file; also where that
+        shows only while the stream is read.
+    """
+    try:
+        with gzip.open(path) if is_packed(path) else open(path, "rb") as stream:
+            yield stream
+    except FileNotFoundError as error:
+        raise file_problem(path, "no such file", "restore it or correct its name") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise file_problem(path, f"damaged gzip file ({error})", COPY_AGAIN) from error
+    except OSError as error:
+        raise file_problem(path, f"cannot be read ({error.strerror})", "check the disk") from error
+
+
+@contextlib.contextmanager
+def replaced(path: str | Path) -> Iterator[IO[bytes]]:
+    """Yields a file to write, gzip if named so, that takes the place of `path` once it is whole."""
+    with replacing(path) as temporary, open(temporary, "w+b") as file:  # TIFF is read back
+        if not is_packed(path):
+            yield file
+            return
+        # Without name and time, equal volumes make equal files.
+        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+            yield packed

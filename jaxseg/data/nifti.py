@@ -1,0 +1,145 @@
+"""NIfTI files: volumes as they are stored, and written into the place of another volume."""
+
+import io
+import math
+import os
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+from nibabel.volumeutils import apply_read_scaling
+from nibabel.wrapstruct import WrapStructError
+
+from jaxseg.data.files import COPY_AGAIN, is_packed, opened, replaced
+from jaxseg.geometry import AFFINE_TOLERANCE_MM
+from jaxseg.problem import FileProblem, file_problem
+
+# NIfTI is read so many voxels at a time: no second copy of a volume is ever held.
+_VOXELS_AT_ONCE = 1 << 22
+_MOST_BYTES_PER_GZIP_BYTE = 1032  # what deflate can reach
+_NIFTI_ERRORS = (
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+    WrapStructError,
+    ValueError,
+    OverflowError,
+)
+_PLACEMENT_FIELDS = (
+    *("pixdim", "xyzt_units", "qform_code", "sform_code"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z"),
+)
+
+
+def is_nifti(path):
+    """Whether the file name ends in .nii or .nii.gz."""
+    return os.fspath(path).lower().endswith((".nii", ".nii.gz"))
+
+
+def load_nifti(path, dtype=None):
+    """Scaled values, [X, Y, Z] or [X, Y, Z, C], and affine of a NIfTI file.
+
+    The values are of `dtype`, None for what the file holds; too large ones become infinite.
+    """
+    with opened(path) as stream:
+        mark = stream.read(348)
+        if not mark:
+            raise file_problem(path, "the file is empty", COPY_AGAIN)
+        if mark[344:347] == b"n+1":
+            image_class = nibabel.Nifti1Image
+        elif mark[4:7] == b"n+2":
+            image_class = nibabel.Nifti2Image
+        else:
+            raise file_problem(path, "not a NIfTI file, its header has no NIfTI mark", COPY_AGAIN)
+        stream.seek(0)
+        try:
+            image = image_class.from_stream(stream)
+            _check_kind(path, image.shape, image.get_data_dtype())
+            values = _read_voxels(path, stream, image, dtype)
+        except _NIFTI_ERRORS as error:
+            if isinstance(error, FileProblem):
+                raise
+            raise file_problem(path, f"not a readable NIfTI file ({error})", COPY_AGAIN) from error
+        return values, np.asarray(image.affine, np.float64)
+
+
+def write_nifti(path, values, affine, like):
+    image = _nifti_image(path, _in_file_order(values), affine, like)
+    with replaced(path) as file:
+        image.to_stream(file)
+
+
+def _in_file_order(values):
+    """The same values, the first axis running fastest in memory as it does in the file.
+
+    Plane by plane, both sides of the transposition stay in the cache: ten times as fast as at once.
+    """
+    if values.flags.f_contiguous:
+        return values
+    result = np.empty(values.shape, values.dtype, order="F")
+    for y in range(values.shape[1]):
+        result[:, y] = np.asfortranarray(np.ascontiguousarray(values[:, y]))
+    return result
+
+
+def _check_kind(path, shape, dtype):
+    if dtype.fields or dtype.kind not in "iufb":
+        raise file_problem(
+            path,
+            f"voxels are {'colours' if dtype.fields else dtype.name}, not real numbers",
+            "save it with an integer or float type, colours as a fourth axis",
+        )
+    if len(shape) not in (3, 4):
+        raise file_problem(
+            path,
+            f"{len(shape)} axes, shape {list(shape)}, where 3 or 4 are expected",
+            "save it as [X, Y, Z] or [X, Y, Z, C]",
+        )
+
+
+def _read_voxels(path, stream, image, dtype):
+    """The values of a nibabel image whose file is open as `stream`, in the file's order."""
+    stored, scaling = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter)
+    size = math.prod(image.shape)
+    num_expected = image.dataobj.offset + size * stored.itemsize
+    num_possible = os.path.getsize(path) * (_MOST_BYTES_PER_GZIP_BYTE if is_packed(path) else 1)
+    if num_expected > num_possible:  # before memory is asked for
+        raise _cut_short(path, stream, num_expected)
+    values = np.empty(size, dtype or apply_read_scaling(np.zeros(1, stored), *scaling).dtype)
+    stream.seek(image.dataobj.offset)
+    for start in range(0, size, _VOXELS_AT_ONCE):
+        piece = values[start : start + _VOXELS_AT_ONCE]
+        content = stream.read(piece.size * stored.itemsize)
+        if len(content) < piece.size * stored.itemsize:
+            raise _cut_short(path, stream, num_expected)
+        with np.errstate(over="ignore"):
+            piece[:] = apply_read_scaling(np.frombuffer(content, stored), *scaling)
+    stream.seek(0, io.SEEK_END)  # where a gzip file has its check sum
+    return values.reshape(image.shape, order="F")
+
+
+def _cut_short(path, stream, num_expected):
+    num_held = stream.seek(0, io.SEEK_END)
+    return file_problem(path, f"cut short, it holds {num_held} of {num_expected} bytes", COPY_AGAIN)
+
+
+def _nifti_image(path, values, affine, like):
+    if like is None or not is_nifti(like):
+        image = nibabel.Nifti1Image(values, affine, dtype=values.dtype)
+        image.header.set_xyzt_units("mm")
+        return image
+    source = nibabel.load(like)
+    if source.shape[:3] != values.shape[:3] or np.abs(source.affine - affine).max() > (
+        AFFINE_TOLERANCE_MM
+    ):
+        raise ValueError(
+            f"{path}: the volume (shape {list(values.shape)}, affine "
+            f"{np.asarray(affine).tolist()}) is not on the grid of {like} (shape "
+            f"{list(source.shape[:3])}, affine {source.affine.tolist()})"
+        )
+    image = type(source)(values, source.affine, dtype=values.dtype)
+    for field in _PLACEMENT_FIELDS:
+        image.header[field] = source.header[field]
+    return image

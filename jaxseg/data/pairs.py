@@ -1,0 +1,204 @@
+"""Which label files belong together, a prediction and its reference, and what stands against it.
+
+A prediction and a reference belong together if their names are equal but for the suffix; both are
+label files (NIfTI, or PNG or TIFF pictures) on one grid.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from jaxseg.data.images import affine_problems
+from jaxseg.data.labels import decode_label
+from jaxseg.data.nifti import is_nifti
+from jaxseg.geometry import AFFINE_TOLERANCE_MM
+from jaxseg.problem import FileProblem, Problem
+from jaxseg.run.log import bar_over
+
+MAX_LISTED = 10
+
+_MAX_CLASSES = 256  # class indices are uint8
+_PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+# What the predict command writes beside the label of a case.
+_MAP = re.compile(
+    r"(.+)_(probs|confidence|entropy|mutual_information|grad_cam.*|integrated_gradients.*)"
+)
+
+
+class EvaluationProblems(Problem, ValueError):
+    """Everything that keeps files from being evaluated; `problems` has one sentence for each."""
+
+    def __init__(self, problems):
+        super().__init__(problems)
+        self.problems = list(problems)
+
+    def __str__(self):
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        return "\n- ".join([f"{len(self.problems)} {noun}, nothing is evaluated:", *self.problems])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Label files of one case."""
+
+    case_id: str
+    prediction: str
+    reference: str
+
+
+def check_folders(folders, references, *, label_values=None, class_names=None, subset=False):
+    """Pairs the files of prediction folders with references, and checks every one of them.
+
+    Args:
+      folders: folders of predictions.
+      references: folder of references.
+      label_values, class_names, subset: as for `evaluate_folders`.
+    Returns:
+      (pairs, label_values, class_names): for each folder its list of Pair in order of case id;
+      values and names as they are to be used.
+    Raises:
+      EvaluationProblems: as `evaluate_folders`.
+    """
+    problems = []
+    wanted = _label_files(references, problems)
+    pairs_of = [_pairs(folder, references, wanted, problems, subset) for folder in folders]
+    pairs = [pair for pairs in pairs_of for pair in pairs]
+    if subset:
+        wanted = {pair.case_id: pair.reference for pair in pairs}
+        for folder, pairs_there in zip(folders, pairs_of, strict=True):
+            if missing := sorted(wanted.keys() - {pair.case_id for pair in pairs_there}):
+                problems.append(f"{folder}: no prediction of {_listed(missing)}, to compare with")
+    paths = dict.fromkeys([*wanted.values(), *(pair.prediction for pair in pairs)])
+    grids, values = {}, {}
+    for path in bar_over(paths, "checking files"):
+        try:
+            grids[path], values[path] = _inspect(path)
+        except FileProblem as problem:
+            problems.append(str(problem))
+    for pair in pairs:
+        if pair.prediction in grids and pair.reference in grids:
+            problems += _grid_problems(pair, grids)
+    if label_values is None and len(values) == len(paths):  # else some values are not known yet
+        label_values = _found_values(values, set(wanted.values()))
+    if label_values is not None:
+        problems += _value_problems(values, label_values)
+    if problems:
+        raise EvaluationProblems(problems)
+    shown = ("foreground",) if label_values is None else tuple(map(str, label_values[1:]))
+    class_names = tuple(class_names or ("background", *shown))
+    if len(class_names) != 1 + len(shown):
+        raise EvaluationProblems(
+            [
+                f"{len(class_names)} class names for {1 + len(shown)} classes (background, "
+                f"{', '.join(shown)}); name them all, background first"
+            ]
+        )
+    return pairs_of, label_values, class_names
+
+
+def _label_files(folder, problems):
+    """Paths of the label files in a folder by case id, in its order; appends to `problems`."""
+    if not os.path.isdir(folder):
+        problems.append(f"{folder}: no such folder; correct its name")
+        return {}
+    found = {}
+    for path in sorted(pathlib.Path(folder).iterdir()):
+        nifti = is_nifti(path.name)
+        if path.name.startswith(".") or not (nifti or path.suffix.lower() in _PICTURE_SUFFIXES):
+            continue
+        case_id = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I) if nifti else path.stem
+        if case_id in found:
+            problems.append(f"{path}: {found[case_id]} is the same case; keep one of them")
+        found[case_id] = str(path)
+    if not found:
+        problems.append(f"{folder}: holds no label file (.nii, .nii.gz, .png, .tif); correct it")
+    maps = {case_id: _MAP.fullmatch(case_id) for case_id in found}
+    return {c: path for c, path in found.items() if not (maps[c] and maps[c][1] in found)}
+
+
+def _pairs(folder, references, wanted, problems, subset):
+    """The Pairs of a prediction folder; appends to `problems`."""
+    there = _label_files(folder, problems)
+    if there and wanted:
+        missing = sorted(wanted.keys() - there.keys())
+        if missing and not subset:
+            problems.append(
+                f"{folder}: no prediction of {_listed(missing)}; add them, or leave these cases "
+                "out with --subset"
+            )
+        if missing := sorted(there.keys() - wanted.keys()):
+            problems.append(f"{references}: no reference of {_listed(missing)}; add them")
+    return [Pair(c, there[c], wanted[c]) for c in sorted(there.keys() & wanted.keys())]
+
+
+def _listed(cases):
+    """Names of cases, of many the first and their number."""
+    more = f" and {len(cases) - MAX_LISTED} more cases" if len(cases) > MAX_LISTED else ""
+    return ", ".join(cases[:MAX_LISTED]) + more
+
+
+def _inspect(path):
+    """((shape, affine), values) of a label file, values as a set of int."""
+    stored, affine = decode_label(path)
+    problems = affine_problems(path, affine)
+    if problems:
+        raise problems[0]
+    if not stored.size:
+        raise FileProblem(
+            f"{path}: has no voxels, its shape is {list(stored.shape)}; copy it again"
+        )
+    values = np.unique(stored.ravel(order="K"))
+    whole = np.isfinite(values).all() and (values == np.round(values)).all()
+    if values.size > _MAX_CLASSES or not whole or values.min() < 0:
+        raise FileProblem(
+            f"{path}: holds {values.size} values from {values.min():g} to {values.max():g}, where "
+            f"labels are at most {_MAX_CLASSES} whole numbers from 0; give a label file"
+        )
+    return (stored.shape, affine), {int(value) for value in values}
+
+
+def _grid_problems(pair, grids):
+    (shape, affine), (reference_shape, reference_affine) = (
+        grids[path] for path in (pair.prediction, pair.reference)
+    )
+    mend = "resample the prediction to the reference's grid"
+    if shape != reference_shape:
+        return [
+            f"{pair.prediction}: its shape is {list(shape)}, that of {pair.reference} "
+            f"{list(reference_shape)}; {mend}"
+        ]
+    difference_mm = np.abs(affine - reference_affine).max()
+    if difference_mm > AFFINE_TOLERANCE_MM:
+        return [
+            f"{pair.prediction}: its affine differs from that of {pair.reference} by up to "
+            f"{difference_mm:.3g} mm; {mend}"
+        ]
+    return []
+
+
+def _found_values(values, references):
+    """0 and the values in the references; None if 1 is a mask on one side and 255 on the other."""
+    in_references = {v for path, found in values.items() if path in references for v in found}
+    predicted = {v for path, found in values.items() if path not in references for v in found}
+    if (in_references - {0}, predicted - {0}) in (({1}, {255}), ({255}, {1})):
+        return None
+    return tuple(sorted({0} | in_references))
+
+
+def _value_problems(values, label_values):
+    """What the classes leave unexplained; `label_values` may be anything that a user typed."""
+    known, allowed = set(label_values), list(label_values)
+    if len(known) != len(label_values) or not 2 <= len(known) <= _MAX_CLASSES or min(known) < 0:
+        return [
+            f"label values {allowed} are no classes; give 2 to {_MAX_CLASSES} different "
+            "whole numbers from 0 with --label_values, background first"
+        ]
+    return [
+        f"{path}: label values {sorted(found - known)[:MAX_LISTED]} are not among {allowed}; "
+        "correct them, or give the values of all classes with --label_values"
+        for path, found in values.items()
+        if found - known
+    ]

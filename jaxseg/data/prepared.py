@@ -1,0 +1,175 @@
+"""Prepared cases on disk: verified and preprocessed once per (data, preprocessing), then reused."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+
+import numpy as np
+
+from jaxseg.data import parts as parts_lib
+from jaxseg.data import preprocess
+from jaxseg.data.blocked_arrays import BlockedArray, RecordCache
+from jaxseg.data.builder import CaseBuilder, open_split
+from jaxseg.data.fingerprint import data_fingerprint
+from jaxseg.data.verify import verify
+from jaxseg.run import writers
+
+# Blocks that were read are kept in memory up to this size.
+CACHE_BYTES = 4 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedCase:
+    """A case as the network sees it.
+
+    The arrays are numpy's, or read on demand: sliced by a tuple of slices, one for each axis.
+
+    Attributes:
+      image: [X, Y, Z, C] float32, normalised, RAS+ grid of the plan's spacing.
+      label: [X, Y, Z] uint8 class indices.
+      locations: for each foreground class present, [N, 3] voxels of that class.
+      weight: [X, Y, Z] float32, what each voxel counts in the loss; None means 1.
+    """
+
+    image: np.ndarray | BlockedArray
+    label: np.ndarray | BlockedArray
+    locations: tuple[np.ndarray, ...]
+    weight: np.ndarray | BlockedArray | None = None
+
+
+class CaseStore:
+    """Random access to prepared cases by id, of which only what is asked for is read.
+
+    Args:
+      parts: dict from the folder of a part to the ids of its cases, in order.
+    """
+
+    def __init__(self, parts):
+        self._places = {
+            case_id: (folder, index)
+            for folder, case_ids in parts.items()
+            for index, case_id in enumerate(case_ids)
+        }
+        self._source = functools.cache(open_split)
+        self._records = RecordCache(self._read, CACHE_BYTES)
+
+    def __getitem__(self, case_id):
+        """Returns the PreparedCase of that id; its arrays are read when they are sliced."""
+        folder, index = self._places[case_id]
+        header = self._records[folder, "cases", index]
+        shape, first_block = header["shape"].tolist(), int(header["first_block"][0])
+
+        def array(name, shape, dtype):
+            def read_block(number):
+                return self._records[folder, "blocks", first_block + number][name]
+
+            return BlockedArray(shape, dtype, header["block"].tolist(), read_block)
+
+        return PreparedCase(
+            image=array("image", shape, np.float32),
+            label=array("label", shape[:3], np.uint8),
+            locations=tuple(np.split(header["locations"], np.cumsum(header["num_locations"]))[:-1]),
+            weight=array("weight", shape[:3], np.float32) if "weight" in header else None,
+        )
+
+    def _read(self, key):
+        folder, split, index = key
+        return self._source(folder, split)[index]
+
+
+def prepare(
+    dataset,
+    plan_ids,
+    *,
+    cache_dir,
+    border_weight=None,
+    progress=lambda items, title: items,
+    process_index=0,
+    process_count=1,
+    barrier=lambda name: None,
+    **options,
+):
+    """Verifies and preprocesses a dataset, or finds that done.
+
+    What was finished before an interruption is not done again. Several processes that share a file
+    system share the work: the first verifies and plans, then each makes its share of the parts.
+
+    Args:
+      dataset: `jaxseg.data.cases.Dataset`.
+      plan_ids: ids of the cases whose statistics make the plan.
+      cache_dir: folder that holds one prepared set per fingerprint; local or mounted.
+      border_weight: options of `preprocess.border_weights`, to store that map with each case.
+      progress: function (iterable, title) -> iterable that shows progress.
+      process_index, process_count: which of the processes this is.
+      barrier: function (name) that returns when every process has called it.
+      **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order.
+    Returns:
+      (store, plan, fingerprint): CaseStore, Plan, and the SHA-256 of the data's bytes and names.
+    Raises:
+      DatasetProblems: lists every problem of every case; nothing is prepared then.
+      OSError: nothing can be kept in `cache_dir`, or a process that prepares was killed.
+    """
+    cache_dir = local_folder(cache_dir)
+    if process_index > 0:
+        barrier("plan")  # until the first has read every file and made the plan
+    fingerprint = data_fingerprint(dataset, cache_dir)
+    wanted = repr((fingerprint, sorted(plan_ids), sorted(options.items()), CaseBuilder.VERSION))
+    if border_weight:
+        wanted += repr(sorted(border_weight.items()))
+    folder = os.path.join(cache_dir, hashlib.sha256(wanted.encode()).hexdigest()[:16])
+    plan_path = os.path.join(folder, "plan.json")
+    if process_index == 0:
+        if not os.path.exists(plan_path):
+            verify(dataset, progress=functools.partial(progress, title="verifying"))
+            chosen = [case for case in dataset.cases if case.case_id in set(plan_ids)]
+            plan = preprocess.make_plan(
+                progress(chosen, title="planning"),
+                label_values=dataset.label_values,
+                modalities=dataset.modalities,
+                **options,
+            )
+            os.makedirs(folder, exist_ok=True)
+            writers.write_text(plan_path, plan.to_json())
+        barrier("plan")
+    _check_shared([plan_path])
+    with open(plan_path, encoding="utf-8") as file:
+        plan = preprocess.Plan.from_json(file.read())
+
+    parts = parts_lib.cut(dataset, folder)
+    own = [name for name in list(parts)[process_index::process_count] if not os.path.exists(name)]
+    parts_lib.make_parts(
+        {name: parts[name] for name in own},
+        functools.partial(parts_lib.make_part, plan=plan, border_weight=border_weight),
+        functools.partial(progress, title="preprocessing"),
+        max(os.cpu_count() // process_count, 1),
+    )
+    barrier("parts")
+    _check_shared(parts)
+    store = CaseStore({name: [c.case_id for c in part.cases] for name, part in parts.items()})
+    return store, plan, fingerprint
+
+
+def local_folder(path):
+    """The absolute form of the path of a folder that prepared cases can be kept in.
+
+    ArrayRecord reads and writes through file descriptors, which object stores do not have.
+
+    Raises:
+      OSError: it is the address of an object store.
+    """
+    if "://" in path:
+        raise OSError(
+            f"{path}: prepared cases are read in small pieces, which needs a file system; set "
+            "--config.data.cache_dir to a local folder (or one where the bucket is mounted)"
+        )
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _check_shared(paths):
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise OSError(
+            f"{missing[0]}: not there ({len(missing)} of {len(paths)} missing), though another "
+            "process made it; set --config.data.cache_dir to a folder that all hosts share"
+        )

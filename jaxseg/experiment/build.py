@@ -1,0 +1,187 @@
+"""From a config to what it describes: network, loss, optimiser, steps. Configs stop here."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+
+from jaxseg import config as config_lib
+from jaxseg import parallel
+from jaxseg.experiment.members import members_of
+from jaxseg.inference import whole_volume
+from jaxseg.models.registry import create_model
+from jaxseg.run import weights
+from jaxseg.training import losses, optim, steps, transfer
+from jaxseg.training.state import create_train_states
+
+
+def create_model_for(config, num_classes):
+    """The network that `config.model` describes."""
+    return create_model(config.model.name, num_classes, **config_lib.model_options(config))
+
+
+def margin_of(config):
+    """Voxels at each side of the patch that the network sees but does not label, one per axis.
+
+    Raises:
+      ConfigProblems: a network without padding can not take such a patch.
+    """
+    patch_size = tuple(config.data.patch_size)
+    model = create_model_for(config, 2)
+    image = jax.ShapeDtypeStruct((1, *patch_size, 1), jnp.float32)
+    try:
+        logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    except ValueError as error:
+        raise config_lib.ConfigProblems([f"data.patch_size {patch_size}: {error}"]) from None
+    lost = [n - m for n, m in zip(patch_size, logits.shape[1:-1], strict=True)]
+    if any(n % 2 for n in lost):
+        raise config_lib.ConfigProblems(
+            [
+                f"data.patch_size {patch_size}: logits {logits.shape[1:-1]} do not lie in its "
+                "centre; use odd kernels, or a patch that is one voxel larger"
+            ]
+        )
+    return tuple(n // 2 for n in lost)
+
+
+def loss_fn_for(config):
+    """The loss that `config.loss` names."""
+    return losses.LOSSES[config.loss.name]
+
+
+def create_tx(config):
+    """The optimiser that `config.optim` describes, for a learning rate of 1."""
+    schedule = optim.create_schedule(
+        config.optim.schedule,
+        learning_rate=1.0,
+        num_steps=config.train.num_steps,
+        warmup_steps=config.optim.warmup_steps,
+    )
+    return optim.create_optimizer(
+        config.optim.name,
+        schedule,
+        weight_decay=config.optim.weight_decay,
+        momentum=config.optim.momentum,
+        clip_norm=config.optim.clip_norm,
+        groups=config.optim.groups,
+    )
+
+
+def create_members(config, model, tx, image_shape, log=None):
+    """Fresh members, stacked where there are several.
+
+    Args:
+      config: validated ConfigDict.
+      model: from `create_model_for`.
+      tx: from `create_tx`.
+      image_shape: shape of one training image, (*S, C).
+      log: where to say what came from `init.checkpoint`; None leaves that unread.
+    Returns:
+      (state, keys, learning_rates): TrainState and, for each member, the key of its steps and its
+      learning rate.
+    """
+    members = members_of(config)
+    init_keys, step_keys = zip(
+        *(jax.random.split(jax.random.key(member.seed)) for member in members), strict=True
+    )
+    states = create_train_states(model, tx, init_keys, image_shape)
+    if config.init.checkpoint and log is not None:
+        states = load_initial_weights(config, states, log)
+    rates = [jnp.float32(member.learning_rate) for member in members]
+    if len(members) == 1:
+        return states[0], step_keys[0], rates[0]
+    return tuple(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        for trees in (states, step_keys, rates)
+    )
+
+
+def check_initial_weights(config):
+    """Raises WeightsProblem if there is nothing where `config.init` looks for weights."""
+    path = os.path.expanduser(config.init.checkpoint)
+    if path and not os.path.exists(path):
+        weights.read_weights(path)
+
+
+def load_initial_weights(config, states, log):
+    """Puts the weights that `config.init` names into fresh TrainStates; says what fitted.
+
+    Raises:
+      WeightsProblem, TransferProblem: the file can not be read, or does not fit.
+    """
+    source = weights.read_weights(os.path.expanduser(config.init.checkpoint))
+    loaded = []
+    for state in states:
+        target = {"params": state.params, "batch_stats": state.batch_stats}
+        variables, report = transfer.adapt(source, target, strict=config.init.strict)
+        loaded.append(state.replace(**variables))
+    log.text(f"weights from {config.init.checkpoint}\n{report}")
+    return loaded
+
+
+def create_recipe(config, plan, class_names, margin, **options):
+    """How whole volumes are predicted.
+
+    Args:
+      config: validated ConfigDict.
+      plan: preprocessing Plan.
+      class_names: of all classes, background first.
+      margin: of `margin_of`.
+      **options: fields of `jaxseg.inference.whole_volume.Recipe` that are chosen after training.
+    """
+    return whole_volume.Recipe(
+        model=create_model_for(config, len(class_names)),
+        class_names=tuple(class_names),
+        patch_size=tuple(config.data.patch_size),
+        margin=margin,
+        batch_size=max(config.train.batch_size // jax.local_device_count(), 1),
+        spacing_mm=plan.spacing_mm,
+        image_order=plan.image_order,
+        statistics=plan.intensity,
+        buffer_bytes=config.predict.buffer_mib << 20,
+        **options,
+    )
+
+
+def create_layout(config):
+    """How devices share the work of a run.
+
+    Raises:
+      ConfigProblems: they can not.
+    """
+    try:
+        return parallel.create_layout(
+            config.parallel.mode, len(members_of(config)), config.parallel.space
+        )
+    except ValueError as error:
+        raise config_lib.ConfigProblems([str(error)]) from None
+
+
+def create_steps(config, model, tx, layout):
+    """The training and the evaluation step, mapped over members and devices.
+
+    Args:
+      config: validated ConfigDict.
+      model: from `create_model_for`.
+      tx: from `create_tx`.
+      layout: from `create_layout`.
+    """
+    axes = {"axis_name": parallel.AXIS_NAME}
+    if config.parallel.space > 1:
+        axes["space_axis"] = parallel.SPACE_AXIS
+    on_devices = {"model": model.clone(**axes), "loss_fn": loss_fn_for(config), **axes}
+    virtual_shards = config.parallel.virtual_shards
+    train_step = functools.partial(
+        steps.train_step,
+        tx=tx,
+        accumulate_steps=config.optim.accumulate_steps,
+        virtual_shards=virtual_shards,
+        **(on_devices | {"model": model} if virtual_shards else on_devices),
+    )
+    eval_step = functools.partial(steps.eval_step, **on_devices)
+    if layout.has_members:
+        train_step, eval_step = (
+            steps.over_members(step, config.ensemble.by) for step in (train_step, eval_step)
+        )
+    return parallel.map_train_step(train_step, layout), parallel.map_eval_step(eval_step, layout)

@@ -1,0 +1,96 @@
+"""What the members of a run are worth, each alone, and what they say of the recipe they share."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxseg import geometry
+from jaxseg.data.images import read_image
+from jaxseg.data.labels import read_label
+from jaxseg.evaluation import metrics, statistics
+from jaxseg.experiment.members import member_alone
+from jaxseg.inference import postprocess
+from jaxseg.run.writers import json_ready
+
+
+def score_members(run, variables, set_name, steps):
+    """Dice of every member alone on the same cases.
+
+    Args:
+      run: `jaxseg.experiment.train.Run`.
+      variables: from `predictor.member_weights`.
+      set_name: "val" or "test".
+      steps: post-processing.
+    Returns:
+      For each member a dict from case id to {"dice": [K] float64}.
+    """
+    alone = [member_alone(variables, index) for index in range(len(run.members))]
+    scores_of = [{} for _ in alone]
+    title = f"scoring each member on {set_name} cases"
+    for case in run.log.progress(run.data.cases_of(set_name), title=title):
+        image, affine = read_image(case.image_path)
+        reference, _ = read_label(case.label_path, run.data.dataset.label_values)
+        spacing_mm = geometry.spacing_mm_from_affine(affine)
+        for scores, member in zip(scores_of, alone, strict=True):
+            label = run.segment_fn(member, image, affine)["label"]
+            label = postprocess.apply_steps(label, spacing_mm, steps)
+            scores[case.case_id] = _dice(label, reference, run.data.num_classes)
+    return scores_of
+
+
+def scores_by_fold(run, files):
+    """As `score_members`, of what each fold's member has predicted of its own fold."""
+    by_id = {case_files.case.case_id: case_files for case_files in files}
+    return [
+        {
+            case.case_id: _dice(*by_id[case.case_id].read_labels()[:2], run.data.num_classes)
+            for case in run.data.cases_of("val", member=index)
+        }
+        for index in range(len(run.members))
+    ]
+
+
+def best_member(scores_of_members):
+    """Index of the member with the best mean Dice; the first if none has one."""
+    dice = [metrics.mean_dice(scores.values()) for scores in scores_of_members]
+    return int(np.argmax(np.nan_to_num(dice, nan=-1.0)))
+
+
+def summarise_members(kind, set_name, members, scores_of_members, chosen=None):
+    """What the members of a run say of the recipe that they share.
+
+    Args:
+      kind: "seeds", "folds" or "rates".
+      set_name: that they were scored on.
+      members: `jaxseg.experiment.build.Member` of each.
+      scores_of_members: as from `score_members`.
+      chosen: index of the member that is the result; None where they are averaged.
+    Returns:
+      Dict, JSON-ready: "kind", "set", "chosen"; "members", for each its fields with "num_cases",
+      mean Dice "dice" (over cases) and "dice_by_class" of the foreground; and, but for rates,
+      "summary": for "dice" and each of "dice_by_class" what `statistics.t_interval` says of them.
+    """
+    rows = []
+    for member, scores in zip(members, scores_of_members, strict=True):
+        by_class = metrics.summarise(list(scores.values()))["dice"]["mean"][1:]
+        rows.append(
+            dataclasses.asdict(member)
+            | {
+                "num_cases": len(scores),
+                "dice": metrics.mean_dice(scores.values()),
+                "dice_by_class": by_class.tolist(),
+            }
+        )
+    found = {"kind": kind, "set": set_name, "chosen": chosen, "members": rows}
+    if kind != "rates":  # which are no repetitions of one thing
+        by_class = zip(*(row["dice_by_class"] for row in rows), strict=True)
+        found["summary"] = {
+            "dice": statistics.t_interval([row["dice"] for row in rows]),
+            "dice_by_class": [statistics.t_interval(values) for values in by_class],
+        }
+    return json_ready(found)
+
+
+def _dice(prediction, reference, num_classes):
+    counts = metrics.confusion_counts(prediction, reference, num_classes)
+    return {"dice": metrics.scores_from_counts(counts)["dice"]}

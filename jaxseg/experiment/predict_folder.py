@@ -1,0 +1,193 @@
+"""Segments a folder of images: reads, computes, writes at the same time, goes on after errors."""
+
+import concurrent.futures
+import contextlib
+import os
+import sys
+import time
+import traceback
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxseg.data.images import read_image, write_map
+from jaxseg.data.labels import write_label
+from jaxseg.data.nifti import is_nifti
+from jaxseg.data.predictions import Records, find_images, state_of
+from jaxseg.experiment.predictor import check_image, load_predictor, segment
+from jaxseg.problem import Problem
+
+LOG_NAME = "predict.log"
+
+
+class Job:
+    """A case on its way from file to files; holds no array for longer than it is needed."""
+
+    def __init__(self, case):
+        self.case = case
+        self.record = {"file": case.path, "seconds": {}}
+        self.image = self.affine = self.results = None
+        self.trace = ""
+
+    @property
+    def failed(self):
+        return "error" in self.record
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        """Times a stage and keeps its failure, so that other cases go on."""
+        start = time.monotonic()
+        try:
+            yield
+        except (Problem, OSError) as error:
+            self.record["error"] = str(error)
+        except Exception as error:
+            self.record["error"] = f"{type(error).__name__}: {error}"
+            self.trace = traceback.format_exc()
+        self.record["seconds"][name] = round(time.monotonic() - start, 3)
+
+
+def predict(workdirs, input_path, folder, *, outputs=("label",), mirror=False, recursive=False):
+    """Segments the images that are not done yet.
+
+    Args:
+      workdirs: Folders of finished runs.
+      input_path: An image or a folder of them.
+      folder: Where outputs go; made if missing.
+      outputs: Names that `jaxseg.experiment.predictor.load_predictor` knows, "label" among them.
+      mirror: Whether to average over mirrored images.
+      recursive: Whether images in subfolders count.
+    Returns:
+      (num_done, num_before, failed): number of cases predicted now and before, and a dict from case
+      id to message of those that failed.
+    Raises:
+      FolderProblem, PredictorProblem: Nothing can be predicted.
+      OSError: The folder cannot be written.
+    """
+    cases = find_images(input_path, folder, outputs, recursive)
+    predictor = load_predictor(list(workdirs), mirror=mirror, outputs=tuple(outputs))
+    os.makedirs(folder, exist_ok=True)
+    records = Records(
+        folder,
+        cases,
+        identity=predictor.identity,
+        workdirs=workdirs,
+        class_names=predictor.class_names,
+    )
+    waiting = [case for case in cases if not records.is_done(case)]
+    num_before = len(cases) - len(waiting)
+    failed = {}
+    with (
+        open(os.path.join(folder, LOG_NAME), "a", encoding="utf-8") as log,
+        tqdm(total=len(cases), initial=num_before, unit="case", disable=None) as bar,
+    ):
+
+        def finish(job):
+            # Whose the files are must be known before they are there.
+            records.add(job.case, {"error": "interrupted while it was written"} | job.record)
+            _write(job, predictor.label_values)
+            records.add(job.case, job.record)
+            _tell(job, log)
+            if job.failed:
+                failed[job.case.case_id] = job.record["error"]
+            bar.update()
+
+        _overlap(waiting, _read, lambda job: _compute(job, predictor), finish)
+    return len(waiting) - len(failed), num_before, failed
+
+
+def _overlap(cases, read, compute, finish):
+    """Reads one case ahead of the one that is computed, and finishes the one behind it.
+
+    An interrupt lets the case that is being finished be finished.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor
+    with pool(1) as reader, pool(1) as finisher:
+        finishing = None
+        for job in _one_ahead(reader, read, cases):
+            compute(job)
+            if finishing:
+                finishing.result()
+            finishing = finisher.submit(finish, job)
+        if finishing:
+            finishing.result()
+
+
+def _one_ahead(pool, function, items):
+    pending = None
+    for item in items:
+        following = pool.submit(function, item)
+        if pending:
+            yield pending.result()
+        pending = following
+    if pending:
+        yield pending.result()
+
+
+def _read(case):
+    job = Job(case)
+    with job.stage("read"):
+        job.record |= state_of(case.path)
+        job.image, job.affine = read_image(case.path)
+    return job
+
+
+def _compute(job, predictor):
+    if job.failed:
+        return
+    with job.stage("compute"):
+        job.record["warnings"] = check_image(predictor, job.image, job.affine)
+        results = segment(predictor, job.image, job.affine)
+        job.results = {name: np.asarray(results[name]) for name in job.case.files}
+        job.record |= _sizes(job, predictor.class_names)
+    job.image = None
+
+
+def _sizes(job, class_names):
+    """Size of each structure and, if there is a map of it, mean confidence."""
+    label, confidence = job.results["label"], job.results.get("confidence")
+    counts, confident = np.zeros((2, len(class_names)))
+    for x in range(len(label)):  # bincount takes 8 bytes a voxel
+        indices = label[x].ravel()
+        counts += np.bincount(indices, minlength=len(class_names))
+        if confidence is not None:
+            confident += np.bincount(indices, confidence[x].ravel(), len(class_names))
+    if is_nifti(job.case.path):
+        sizes = {"volume_ml": counts * abs(np.linalg.det(job.affine[:3, :3])) / 1000}
+    else:
+        sizes = {"num_pixels": counts.astype(int)}
+    if confidence is not None:
+        with np.errstate(invalid="ignore"):  # of a structure that is not there
+            sizes["confidence"] = confident / counts
+    return {
+        name: dict(zip(class_names[1:], values[1:].tolist(), strict=True))
+        for name, values in sizes.items()
+    }
+
+
+def _write(job, label_values):
+    if job.failed:
+        return
+    with job.stage("write"):
+        for name, path in job.case.files.items():
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            values = job.results.pop(name)
+            if name == "label":
+                write_label(path, values, job.affine, label_values, like=job.case.path)
+            else:
+                write_map(path, values, job.affine, like=job.case.path)
+    job.results = None
+
+
+def _tell(job, log):
+    """Logs what became of a case; what is wrong is shown on the terminal too."""
+    case_id, record = job.case.case_id, job.record
+    lines = [f"{case_id}: unlike the training set: {text}" for text in record.get("warnings", ())]
+    if job.failed:
+        lines.append(f"{case_id}: failed: {record['error']}")
+    for line in lines:
+        tqdm.write(line, file=sys.stderr)
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record["seconds"].items())
+    for line in (*lines, *job.trace.splitlines(), f"{case_id}: {stages}"):
+        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+    log.flush()

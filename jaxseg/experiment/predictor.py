@@ -1,0 +1,247 @@
+"""A finished run, or an ensemble of them, as a function from an image to its segmentation."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxseg import config as config_lib
+from jaxseg import geometry, parallel
+from jaxseg.data import familiarity
+from jaxseg.data.preprocess import Plan
+from jaxseg.experiment import build
+from jaxseg.experiment.members import kind_of_members, member_alone, members_of
+from jaxseg.inference import postprocess, whole_volume
+from jaxseg.problem import Problem
+from jaxseg.run import checkpoint
+
+# What `train` leaves beside the checkpoints once it has finished: which step, and what was chosen
+# on validation cases.
+FINISHED_NAME = "predictor.json"
+
+
+class PredictorProblem(Problem, ValueError):
+    """A run or an image can not be used; the message names it and says how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """All that prediction needs.
+
+    Attributes:
+      plan: preprocessing Plan.
+      class_names: background first.
+      label_values: file value of each class, or None.
+      num_channels: of an image.
+      steps: post-processing.
+      recipe: `jaxseg.inference.whole_volume.Recipe`.
+      variables: stacked weights of all members of all runs, on the devices.
+      segment_fn: from `jaxseg.inference.whole_volume.create_segment_fn`.
+      identity: SHA-256 of all that decides what is predicted.
+    """
+
+    plan: Plan
+    class_names: tuple[str, ...]
+    label_values: tuple[int, ...] | None
+    num_channels: int
+    steps: list
+    recipe: whole_volume.Recipe
+    variables: Any
+    segment_fn: Any
+    identity: str
+
+
+def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
+    """Restores what runs left behind.
+
+    Args:
+      workdirs: folders of finished runs. Logits are averaged over all members of all runs; of a run
+        over learning rates, only the one that it chose is a member.
+      mirror: whether to average over mirrored images too, along the axes that training mirrored.
+      outputs: names of `jaxseg.inference.maps.voxel_outputs`.
+    Returns:
+      Predictor. The temperature is the geometric mean of the runs', post-processing that of the
+      first.
+    Raises:
+      PredictorProblem: a folder holds no finished run, runs do not fit together, or an output can
+        not be had.
+    """
+    runs = [_read_run(os.path.abspath(os.path.expanduser(workdir))) for workdir in workdirs]
+    first = runs[0]
+    for run in runs[1:]:
+        _refuse_other_kind(first, run)
+    config = first["config"]
+    class_names = tuple(first["data"]["class_names"])
+    mirror_axes = tuple(config.augment.flip.axes) if mirror else ()
+    for run in runs if mirror else ():
+        flip = run["config"].augment.flip
+        if tuple(flip.axes) != mirror_axes or not (mirror_axes and flip.prob > 0):
+            raise PredictorProblem(
+                f"{run['workdir']} was trained without mirroring, or along other axes: predict "
+                "without it too"
+            )
+    variables = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves), *(run["variables"] for run in runs)
+    )
+    num_sets = len(jax.tree.leaves(variables)[0])
+    _check_outputs(outputs, class_names, num_sets * 2 ** len(mirror_axes))
+    recipe = build.create_recipe(
+        config,
+        first["plan"],
+        class_names,
+        first["margin"],
+        mirror_axes=mirror_axes,
+        outputs=tuple(outputs),
+        temperature=float(np.exp(np.mean([np.log(r["finished"]["temperature"]) for r in runs]))),
+    )
+    values = first["data"]["label_values"]
+    steps = first["finished"]["postprocess"]["steps"]
+    return Predictor(
+        plan=first["plan"],
+        class_names=class_names,
+        label_values=None if values is None else tuple(values),
+        num_channels=first["data"]["num_channels"],
+        steps=steps,
+        recipe=recipe,
+        variables=parallel.replicate(variables),
+        segment_fn=whole_volume.create_segment_fn(recipe),
+        identity=_identity(recipe, steps, variables),
+    )
+
+
+def check_image(predictor, image, affine):
+    """Compares an image with those that the networks were trained on.
+
+    Args:
+      predictor: Predictor.
+      image, affine: as for `segment`.
+    Returns:
+      List of reasons that the image is unlike the training set.
+    Raises:
+      PredictorProblem: the image has another number of channels.
+    """
+    if image.shape[-1] != predictor.num_channels:
+        raise PredictorProblem(
+            f"the image has {image.shape[-1]} channel(s), the network was trained on "
+            f"{predictor.num_channels}; give the same channels in the same order, as the last axis"
+        )
+    return unlike_training(predictor.plan, image, affine)
+
+
+def unlike_training(plan, image, affine):
+    """Reasons that an image on its own grid is unlike those that the plan was made from."""
+    image, affine = geometry.to_canonical(image, affine)
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    features = familiarity.describe_image(image, spacing_mm, plan.normalisation)
+    return familiarity.unlike_reasons(features, plan.typical)
+
+
+def segment(predictor, image, affine):
+    """Segments one image.
+
+    Args:
+      predictor: Predictor.
+      image: [X, Y, Z, C] float32 as read.
+      affine: [4, 4] of its grid (mm).
+    Returns:
+      Dict of arrays on that grid: "label" [X, Y, Z] uint8 class indices, post-processed, and each
+      other output that was asked for, float32 [X, Y, Z] or [X, Y, Z, K].
+    """
+    outputs = predictor.segment_fn(predictor.variables, image, affine)
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    label = postprocess.apply_steps(outputs["label"], spacing_mm, predictor.steps)
+    return outputs | {"label": label}
+
+
+def _read_run(workdir):
+    try:
+        texts = {name: _read_text(workdir, f"{name}.json") for name in ("config", "plan", "data")}
+        finished = json.loads(_read_text(workdir, FINISHED_NAME))
+        data = json.loads(texts["data"])
+        postprocess.check_steps(finished["postprocess"]["steps"], len(data["class_names"]))
+        if not finished["temperature"] > 0:
+            raise ValueError(f"its temperature is {finished['temperature']}")
+        config = config_lib.from_json(texts["config"])
+        variables = checkpoint.load_variables(
+            os.path.join(workdir, "checkpoints"), finished["step"]
+        )
+        return {
+            "workdir": workdir,
+            "config": config,
+            "margin": build.margin_of(config),
+            "plan": Plan.from_json(texts["plan"]),
+            "data": data,
+            "finished": finished,
+            "variables": _sets_of(variables, config, finished),
+        }
+    except FileNotFoundError as error:
+        raise PredictorProblem(
+            f"{workdir} holds no finished run ({error}); give the --config.workdir of a training "
+            "that has ended, or run its command again to let it finish"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:  # ConfigProblems are ValueErrors
+        raise PredictorProblem(f"{workdir} can not be read: {error!r}") from error
+
+
+def _sets_of(variables, config, finished):
+    """The weights that a run predicts with, leaves [E, ...]."""
+    if len(members_of(config)) == 1:
+        return jax.tree.map(lambda x: x[None], variables)
+    if kind_of_members(config) == "rates":
+        return member_alone(variables, finished["member"])
+    return variables
+
+
+def _read_text(workdir, name):
+    with open(os.path.join(workdir, name), encoding="utf-8") as file:
+        return file.read()
+
+
+def _refuse_other_kind(first, other):
+    differing = [
+        name
+        for name, mine, theirs in (
+            ("model", first["config"].model, other["config"].model),
+            ("patch size", first["config"].data.patch_size, other["config"].data.patch_size),
+            ("preprocessing", _preprocessing(first["plan"]), _preprocessing(other["plan"])),
+            ("classes", first["data"]["class_names"], other["data"]["class_names"]),
+            ("label values", first["data"]["label_values"], other["data"]["label_values"]),
+        )
+        if mine != theirs
+    ]
+    if differing:
+        raise PredictorProblem(
+            f"{other['workdir']} differs from {first['workdir']} in {', '.join(differing)}: only "
+            "runs of one network and one preprocessing can be averaged (of CT, each split has the "
+            "intensities of its own training cases; folds of one --config.split share them)"
+        )
+
+
+def _preprocessing(plan):
+    return dataclasses.replace(plan, typical={})
+
+
+def _check_outputs(outputs, class_names, num_members):
+    if num_members == 1 and "mutual_information" in outputs:
+        raise PredictorProblem(
+            "mutual_information says how far members of an ensemble disagree, and there is one; "
+            "predict with mirroring, or with several members or runs"
+        )
+    for name in outputs:
+        class_name = name.partition(":")[2]
+        if class_name and class_name not in class_names[1:]:
+            raise PredictorProblem(
+                f"there is no class {class_name!r} to explain; choose from {class_names[1:]}"
+            )
+
+
+def _identity(recipe, steps, variables):
+    known = dataclasses.replace(recipe, outputs=(), buffer_bytes=0, batch_size=0)
+    digest = hashlib.sha256(repr((known, steps)).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""Replays a run from its settings and says where it first differs."""
+
+import os
+
+import jax
+from tqdm import tqdm
+
+from jaxseg import config as config_lib
+from jaxseg import parallel
+from jaxseg.experiment import build, gather
+from jaxseg.experiment.setup import check_batch_size, create_run, training_batches
+from jaxseg.problem import Problem
+from jaxseg.run import identity
+from jaxseg.run.log import TRACE_NAME, SilentLog, read_trace, trace_row
+
+# In the order in which one follows from the other.
+COMPARED = ("batch", "loss", "grad_norm", "params")
+
+
+class ReproduceProblem(Problem, ValueError):
+    """The run can not be replayed; the message says why."""
+
+
+def reproduce(workdir, num_steps=None, *, say):
+    """Replays the first steps of a run up to one that differs.
+
+    Args:
+      workdir: the run's folder.
+      num_steps: how many; None for all that were recorded.
+      say: called with each line for the user: what has changed since the run, what was found.
+    Returns:
+      Whether all steps agree.
+    Raises:
+      ReproduceProblem: so many steps were not recorded.
+      OSError: a file of the run can not be read.
+      ConfigProblems and what `replay` raises: the run can not be started again.
+    """
+    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+        config_json = file.read()
+    config = config_lib.from_json(config_json)
+    recorded = {row["step"]: row for row in read_trace(workdir)}
+    num_steps = num_steps or max(recorded, default=1)
+    missing = [step for step in range(1, num_steps + 1) if step not in recorded]
+    if missing:
+        raise ReproduceProblem(
+            f"{os.path.join(workdir, TRACE_NAME)} has {len(recorded)} steps, not step "
+            f"{missing[0]}; choose a smaller --num_steps, or a run that was recorded"
+        )
+    log = SilentLog()
+    data = gather.load_data(config, log)
+    now = identity.describe(config_json, data.fingerprint)
+    for session in identity.read_sessions(workdir):
+        for line in identity.differences(session, now):
+            say(f"the run from step {session['first_step'] + 1} on -> now: {line}")
+
+    rows = replay(config, data, log, num_steps)
+    for row in tqdm(rows, total=num_steps, unit="step", disable=None):
+        found = differences(recorded[row["step"]], row)
+        if found:
+            say("\n  ".join([f"step {row['step']} is the first that differs:", *found]))
+            return False
+    say(f"all {num_steps} steps agree to the bit")
+    return True
+
+
+def replay(config, data, log, num_steps):
+    """Trains from the beginning, and writes nothing.
+
+    Args:
+      config: validated ConfigDict.
+      data: `jaxseg.experiment.gather.Data`.
+      log: where to say what is done.
+      num_steps: steps to do.
+    Yields:
+      The row of `jaxseg.run.log.trace_row` of each step.
+    Raises:
+      RunProblem, ConfigProblems: the devices can not share the batch.
+      GroupProblem, WeightsProblem, TransferProblem: as `train`.
+    """
+    check_batch_size(config, build.create_layout(config))
+    run, state = create_run(config, data, log, fresh=True)
+    batches = training_batches(run, 0, num_steps)
+    for step, batch in enumerate(parallel.prefetch_to_device(batches, run.layout), start=1):
+        state, step_metrics = run.train_step(state, batch, run.keys, run.learning_rates)
+        yield trace_row(step, jax.device_get(step_metrics))
+
+
+def differences(recorded, replayed):
+    """What differs between two rows of `jaxseg.run.log.trace_row`, as lines."""
+    lines = []
+    for name in COMPARED:
+        pairs = [_as_list(recorded[name]), _as_list(replayed[name])]
+        if len(pairs[0]) != len(pairs[1]):
+            lines.append(f"{name}: of {len(pairs[0])} members -> of {len(pairs[1])}")
+            continue
+        for member, (then, now) in enumerate(zip(*pairs, strict=True)):
+            if then != now:
+                of = f" of member {member}" if len(pairs[0]) > 1 else ""
+                lines.append(f"{name}{of}: {_shown(name, then)} -> {_shown(name, now)}")
+    return lines
+
+
+def _as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def _shown(name, text):
+    return text if name in ("batch", "params") else repr(float.fromhex(text))

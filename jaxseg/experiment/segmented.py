@@ -1,0 +1,146 @@
+"""Whole cases, segmented by a network: made, written beside the run, and read again."""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from jaxseg import geometry
+from jaxseg.data.cases import Case
+from jaxseg.data.images import read_image
+from jaxseg.data.labels import read_label, write_label
+from jaxseg.data.nifti import is_nifti
+from jaxseg.experiment.members import member_alone
+from jaxseg.experiment.predictor import unlike_training
+from jaxseg.inference import postprocess, whole_volume
+
+# Enough voxels of a set to measure its calibration.
+CALIBRATION_VOXELS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseFiles:
+    """A segmented case on disk, readable as one thing.
+
+    Attributes:
+      case: `jaxseg.data.cases.Case`.
+      prediction_path: file of its predicted label.
+      label_values: file value of each class, or None.
+    """
+
+    case: Case
+    prediction_path: str
+    label_values: tuple[int, ...] | None
+
+    def read_labels(self):
+        """Returns (prediction, reference, affine); labels are [X, Y, Z] uint8."""
+        prediction, _ = read_label(self.prediction_path, self.label_values)
+        return prediction, *read_label(self.case.label_path, self.label_values)
+
+    def read_canonical(self):
+        """Returns (image, reference, prediction, spacing_mm or None) in RAS+ axes."""
+        image, affine = read_image(self.case.image_path)
+        prediction, reference, _ = self.read_labels()
+        reference, prediction = (
+            geometry.to_canonical(label, affine)[0] for label in (reference, prediction)
+        )
+        image, canonical_affine = geometry.to_canonical(image, affine)
+        if not is_nifti(self.case.image_path):
+            return image, reference, prediction, None
+        spacing_mm = geometry.spacing_mm_from_affine(canonical_affine)
+        return image, reference, prediction, spacing_mm
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentedSet:
+    """All cases of a set, segmented.
+
+    Attributes:
+      name: "val" or "test".
+      files: CaseFiles of each case.
+      sample: logits [N, K] and label [N] of voxels around the foreground, before post-processing.
+      flags: for each case that is unlike the training set the reasons.
+    """
+
+    name: str
+    files: list[CaseFiles]
+    sample: tuple[np.ndarray, np.ndarray]
+    flags: dict[str, list[str]]
+
+
+class ValidationCases:
+    """(prediction, reference, spacing_mm) of cases, read again whenever they are iterated over."""
+
+    def __init__(self, files):
+        self._files = files
+
+    def __iter__(self):
+        for case_files in self._files:
+            prediction, reference, affine = case_files.read_labels()
+            yield prediction, reference, geometry.spacing_mm_from_affine(affine)
+
+
+def together(run, variables, set_name):
+    """What to predict of a set with which weights: every case with all of them."""
+    return [(variables, case) for case in run.data.cases_of(set_name)]
+
+
+def folds_apart(run, variables):
+    """As `together` of the validation cases, but each fold's with the member that it validates."""
+    return [
+        (alone, case)
+        for index in range(len(run.members))
+        for alone in [member_alone(variables, index)]
+        for case in run.data.cases_of("val", member=index)
+    ]
+
+
+def segment_set(run, work, set_name, steps):
+    """Predicts whole cases and writes them to a folder of the set's name.
+
+    Args:
+      run: `jaxseg.experiment.train.Run`.
+      work: (variables, case) of each case, from `together` or `folds_apart`.
+      set_name: "val" or "test".
+      steps: post-processing.
+    Returns:
+      SegmentedSet.
+    """
+    folder = os.path.join(run.workdir, set_name)
+    os.makedirs(folder, exist_ok=True)
+    label_values = run.data.dataset.label_values
+    files, samples, flags = [], [], {}
+    for variables, case in run.log.progress(work, title=f"segmenting {set_name} cases"):
+        image, affine = read_image(case.image_path)
+        reference, _ = read_label(case.label_path, label_values)
+        outputs = run.segment_fn(variables, image, affine)
+        spacing_mm = geometry.spacing_mm_from_affine(affine)
+        label = postprocess.apply_steps(outputs["label"], spacing_mm, steps)
+        path = os.path.join(
+            folder, case.case_id + (".nii.gz" if is_nifti(case.image_path) else ".png")
+        )
+        write_label(path, label, affine, label_values, like=case.image_path)
+        files.append(CaseFiles(case, path, label_values))
+        sampled = whole_volume.sampled(reference, affine, run.recipe)
+        samples.append(
+            _near_foreground(outputs["sample"], sampled, CALIBRATION_VOXELS // len(work))
+        )
+        reasons = unlike_training(run.data.plan, image, affine)
+        if reasons:
+            flags[case.case_id] = reasons
+    logits, labels = (np.concatenate(arrays) for arrays in zip(*samples, strict=True))
+    return SegmentedSet(set_name, files, (logits, labels), flags)
+
+
+def _near_foreground(logits, label, most):
+    """At most `most` voxels in the box of what is or was taken for foreground.
+
+    The air around it would make any network look sure.
+    """
+    places = np.nonzero((label > 0) | (logits.argmax(-1) > 0))
+    if places[0].size:
+        box = tuple(slice(axis.min(), axis.max() + 1) for axis in places)
+        logits, label = logits[box], label[box]
+    logits, label = logits.reshape(-1, logits.shape[-1]), label.reshape(-1)
+    chosen = np.random.default_rng(0).permutation(len(label))[:most]
+    return logits[chosen], label[chosen]

@@ -1,0 +1,211 @@
+"""Trains a config, goes on where it was stopped, and evaluates the result on whole cases."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+
+from jaxseg import config as config_lib
+from jaxseg import parallel
+from jaxseg.data import splits
+from jaxseg.experiment import build, gather
+from jaxseg.experiment.assess import assess
+from jaxseg.experiment.interrupts import stop_requests
+from jaxseg.experiment.members import kind_of_members
+from jaxseg.experiment.resume import (
+    describe_data,
+    refuse_another_experiment,
+    refuse_other_data,
+)
+from jaxseg.experiment.setup import (
+    RunProblem,
+    check_batch_size,
+    create_run,
+    training_batches,
+    validation_batches,
+    workdir_of,
+)
+from jaxseg.experiment.validate import of_finite, validate
+from jaxseg.run import checkpoint, identity, writers
+from jaxseg.run.log import RunLog, SilentLog, StepProgress, trace_row, without_lists
+from jaxseg.run.ownership import owning
+
+
+def train(config):
+    """Trains, or goes on training, and evaluates.
+
+    Args:
+      config: validated ConfigDict.
+    Returns:
+      None when the run is complete, or the number of the signal that stopped it after it had saved.
+    Raises:
+      RunProblem: the folder holds another experiment, or the loss is not finite.
+      OwnershipProblem: another process works in the folder.
+      CheckpointProblem: none of the saved checkpoints is whole, or one can not be written.
+      ConfigProblems: the network can not take such a patch, or the devices not such a layout.
+      GroupProblem: a pattern of `optim.groups` matches nothing.
+      WeightsProblem, TransferProblem: the weights to start from can not be used.
+      DatasetProblems, SplitProblem, OSError: the data can not be used.
+    """
+    check_batch_size(config, build.create_layout(config))
+    build.margin_of(config)
+    workdir = workdir_of(config)
+    checkpoints = os.path.join(workdir, "checkpoints")
+    if not os.path.exists(checkpoints):
+        build.check_initial_weights(config)
+    os.makedirs(workdir, exist_ok=True)
+    is_first = jax.process_index() == 0
+    with owning(workdir) if is_first else contextlib.nullcontext():
+        manager = checkpoint.open_checkpoints(checkpoints, keep=config.train.keep_checkpoints)
+        try:
+            if manager.latest_step() is not None:
+                refuse_another_experiment(workdir, config)
+            log = RunLog(workdir) if is_first else SilentLog()
+            with contextlib.closing(log):
+                return _train(config, workdir, manager, log)
+        finally:
+            checkpoint.close_checkpoints(manager)
+
+
+def _train(config, workdir, manager, log):
+    data = gather.load_data(config, log)
+    is_new = manager.latest_step() is None
+    if not is_new:
+        refuse_other_data(workdir, data)
+    elif jax.process_index() == 0:
+        writers.write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+        writers.write_text(os.path.join(workdir, "plan.json"), data.plan.to_json())
+        writers.write_text(os.path.join(workdir, "data.json"), json.dumps(describe_data(data)))
+        splits.save_split(os.path.join(workdir, "split.json"), describe_data(data)["split"])
+
+    run, state = create_run(config, data, log, fresh=is_new)
+    run = dataclasses.replace(run, workdir=workdir, manager=manager)
+    first_step = 0
+    if not is_new:
+        first_step, state = checkpoint.restore_latest(manager, state, log_text=log.text)
+        log.text(f"resuming at step {first_step}")
+    log.start_at(first_step)
+    if jax.process_index() == 0:
+        identity.record(
+            workdir, first_step, identity.describe(config_lib.to_json(config), data.fingerprint)
+        )
+    with stop_requests() as stop_at:
+        state, stopped_by = fit(run, state, first_step, stop_at)
+    if stopped_by:
+        return stopped_by
+    state = jax.device_get(state_to_evaluate(run, state))
+    if jax.process_index() == 0:
+        assess(run, state)
+    return None
+
+
+def fit(run, state, first_step, stop_at):
+    """Trains from `first_step` to the last step, or until asked to stop; saves on the way.
+
+    Args:
+      run: Run.
+      state: TrainState on the devices; its memory is reused.
+      first_step: number of updates done.
+      stop_at: of `stop_requests`.
+    Returns:
+      (state, signal): the last TrainState, which has been saved, and what stopped it, or 0.
+    Raises:
+      RunProblem: a loss was not finite; what was saved before is kept.
+      CheckpointProblem: a checkpoint could not be written; those before are kept.
+    """
+    config, log = run.config, run.log
+    num_steps = config.train.num_steps
+    val_batches = [parallel.shard(batch, run.layout) for batch in validation_batches(run)]
+    batches = training_batches(run, first_step, num_steps)
+    batch_size = config.train.batch_size * len(run.members)
+    progress = StepProgress(log, first_step, num_steps, batch_size)
+    stopping = 0
+    pending = []  # metrics still on the device: fetching them every step would stall it
+    prefetched = parallel.prefetch_to_device(batches, run.layout)
+    for step, batch in enumerate(prefetched, start=first_step + 1):
+        state, step_metrics = run.train_step(state, batch, run.keys, run.learning_rates)
+        pending.append(step_metrics)
+        progress.advance()
+
+        stopping = stop_at(step)  # asked once: the answer may change at any moment
+        evaluate_now = step == num_steps or step % config.train.eval_every == 0
+        save_now = stopping or evaluate_now or step % config.train.checkpoint_every == 0
+        if save_now or step % config.train.log_every == 0:
+            values = jax.device_get(pending)
+            pending = []
+            first = step - len(values) + 1
+            log.trace([trace_row(n, row) for n, row in enumerate(values, start=first)])
+            is_sweep = kind_of_members(config) == "rates"
+            means = mean_metrics(values, step, enough=np.any if is_sweep else np.all)
+            means["images_per_s"] = progress.report(step, means)
+            log.scalars(step, means)
+        if evaluate_now:
+            scores = validate(run, state, val_batches)
+            shown = "  ".join(f"{n} {v:.4f}" for n, v in without_lists(scores).items())
+            log.text(f"step {step}: {shown}")
+            log.scalars(step, scores)
+        if save_now:
+            save(run, step, state, scores if evaluate_now else None)
+            progress.restart_clock(step)
+        if stopping:
+            name = signal.Signals(stopping).name
+            log.text(f"{name}: saved at step {step}; run the same command to go on")
+            break
+    progress.close()
+    return state, stopping
+
+
+def mean_metrics(values, last_step, *, enough=np.all):
+    """Means over steps, and over members; of several members also each one's loss.
+
+    Args:
+      values: metrics of one step after the other, on the host; the last is of `last_step`.
+      last_step: number of the last step.
+      enough: of which members they must be finite: `np.all`, or `np.any` where one will be chosen.
+    Raises:
+      RunProblem: the loss or the gradient of a step was not finite.
+    """
+    for step, row in enumerate(values, start=last_step - len(values) + 1):
+        if not enough(np.isfinite(row["loss"]) & np.isfinite(row["grad_norm"])):
+            raise RunProblem(
+                f"the loss of step {step} is {row['loss']}, its gradient's norm "
+                f"{row['grad_norm']}: the last checkpoint before it is kept. "
+                "Lower --config.optim.learning_rate, or set --config.optim.clip_norm, in a new "
+                "--config.workdir"
+            )
+    means = {
+        name: of_finite(np.mean, np.ravel([row[name] for row in values]))
+        for name in ("loss", "grad_norm")
+    }
+    if np.ndim(values[0]["loss"]):
+        means["member_loss"] = np.mean([row["loss"] for row in values], axis=0).tolist()
+    return means
+
+
+def save(run, step, state, scores):
+    """Saves a checkpoint with all that is needed to use it; `scores` is None if not evaluated."""
+    checkpoint.save(
+        run.manager,
+        step,
+        parallel.joined(state, run.layout),
+        config_json=config_lib.to_json(run.config),
+        plan_json=run.data.plan.to_json(),
+        data=describe_data(run.data),
+        metrics=scores and without_lists(scores),
+    )
+
+
+def state_to_evaluate(run, state):
+    """The last state or, if test cases will judge it, the one with the best validation Dice."""
+    best_step = run.manager.best_step()
+    if not run.data.split["test"] or best_step == run.config.train.num_steps:
+        return state
+    try:
+        return checkpoint.restore(run.manager, best_step, parallel.joined(state, run.layout))
+    except checkpoint.CheckpointProblem as problem:
+        run.log.text(f"{problem}; the last step is evaluated in its place")
+        return state

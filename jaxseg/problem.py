@@ -1,0 +1,19 @@
+"""What a user can mend. Commands show such an error as one message, without a traceback."""
+
+from pathlib import Path
+
+
+class Problem(Exception):
+    """Something is wrong that is no fault of the program; the message says what and how to mend it.
+
+    Every room has its own, which derive from this one.
+    """
+
+
+class FileProblem(Problem, ValueError):
+    """One file cannot be used; the message names it, says what is wrong and how to mend it."""
+
+
+def file_problem(path: str | Path, wrong: str, mend: str) -> FileProblem:
+    """Words a FileProblem."""
+    return FileProblem(f"{path}: {wrong}; {mend}")

@@ -1,0 +1,214 @@
+"""Where a run speaks: the terminal, a log file, JSON lines, and TensorBoard when installed."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxseg.run.writers import json_ready, naming, write_text
+
+LOG_NAME = "train.log"
+METRICS_NAME = "metrics.jsonl"
+TRACE_NAME = "trace.jsonl"
+
+Item = TypeVar("Item")
+
+
+def bar_over(items: Iterable[Item], title: str) -> Iterator[Item]:
+    """Wraps an iterable: a bar on a terminal, nothing elsewhere."""
+    return iter(tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty()))
+
+
+class RunLog:
+    """Text and numbers of one run, appended to the files in its folder.
+
+    Args:
+      workdir: existing folder.
+    """
+
+    def __init__(self, workdir):
+        self._workdir = workdir
+        self._text = open(os.path.join(workdir, LOG_NAME), "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = self._trace = io.StringIO()
+        self._tensorboard = None
+        if importlib.util.find_spec("tensorboard"):
+            import tensorflow as tf  # takes seconds, which commands that do not train are spared
+
+            self._summary = tf.summary
+            self._tensorboard = tf.summary.create_file_writer(os.path.join(workdir, "tensorboard"))
+
+    def start_at(self, first_step):
+        """Opens the files of numbers, and says from which step on they will come.
+
+        Those of later steps, written before an interruption, are dropped: these steps are about to
+        be done again.
+        """
+        self._metrics = _open_rows(os.path.join(self._workdir, METRICS_NAME), first_step)
+        self._trace = _open_rows(os.path.join(self._workdir, TRACE_NAME), first_step)
+
+    def text(self, line):
+        """Shows a line on the terminal and appends it, with the time, to the log file."""
+        tqdm.write(line, file=sys.stdout)
+        self._append(self._text, LOG_NAME, [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"])
+
+    def scalars(self, step, values):
+        """Appends a row of numbers to the metrics file; a non-finite number becomes null.
+
+        Lists of numbers, one of each member, are not shown in TensorBoard.
+        """
+        row = {"step": step} | json_ready(values)
+        self._append(self._metrics, METRICS_NAME, [json.dumps(row) + "\n"])
+        if self._tensorboard is not None:
+            with self._tensorboard.as_default():
+                for name, value in without_lists(values).items():
+                    self._summary.scalar(name, value, step)
+
+    def trace(self, rows):
+        """Appends rows of `trace_row` to the trace file."""
+        self._append(self._trace, TRACE_NAME, (json.dumps(row) + "\n" for row in rows))
+
+    def progress(self, items, title):
+        """Wraps an iterable: a bar on a terminal, a line at the end in the log."""
+        start = time.monotonic()
+        count = 0
+        for item in bar_over(items, title):
+            yield item
+            count += 1
+        self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
+
+    def close(self):
+        files = (self._text, self._metrics, self._trace, self._tensorboard)
+        with naming(self._workdir), contextlib.ExitStack() as stack:
+            for file in filter(None, files):
+                stack.callback(file.close)
+
+    def _append(self, file, name, lines):
+        with naming(os.path.join(self._workdir, name)):
+            file.writelines(lines)
+            file.flush()
+
+
+class SilentLog:
+    """A RunLog that says and writes nothing: of all processes of a run only the first speaks."""
+
+    def start_at(self, first_step):
+        pass
+
+    def text(self, line):
+        pass
+
+    def scalars(self, step, values):
+        pass
+
+    def trace(self, rows):
+        pass
+
+    def progress(self, items, title):
+        return iter(items)
+
+    def close(self):
+        pass
+
+
+Log = RunLog | SilentLog
+
+
+class StepProgress:
+    """Progress over training steps: a bar on a terminal, and lines with rate and time to go."""
+
+    def __init__(self, log, first_step, num_steps, batch_size):
+        self._log = log
+        self._first_step, self._num_steps = first_step, num_steps
+        self._batch_size = batch_size
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+        )
+        self._last = (time.monotonic(), first_step)
+
+    def advance(self):
+        self._bar.update()
+
+    def report(self, step, values):
+        """Logs numbers at a step, with images/s since the last report; returns images/s."""
+        now = time.monotonic()
+        then, last_step = self._last
+        seconds_per_step = (now - then) / max(step - last_step, 1)
+        images_per_s = self._batch_size / max(seconds_per_step, 1e-9)
+        eta_s = seconds_per_step * (self._num_steps - step)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in without_lists(values).items())
+        self._log.text(
+            f"step {step}/{self._num_steps}  {shown}  {images_per_s:.1f} images/s  "
+            f"ETA {tqdm.format_interval(eta_s)}"
+        )
+        self.restart_clock(step)
+        return images_per_s
+
+    def restart_clock(self, step):
+        """Leaves what happened since the last report (validation, say) out of the next rate."""
+        self._last = (time.monotonic(), step)
+
+    def close(self):
+        self._bar.close()
+
+
+def read_metrics(workdir):
+    """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut."""
+    return _read_rows(os.path.join(workdir, METRICS_NAME))
+
+
+def read_trace(workdir):
+    """Returns the rows of a run's trace file as dicts, without a last line that a crash cut."""
+    return _read_rows(os.path.join(workdir, TRACE_NAME))
+
+
+def trace_row(step, metrics):
+    """What a step did, to the bit, JSON-ready.
+
+    Args:
+      step: its number.
+      metrics: of `jaxseg.steps.train_step`, on the host: "batch_checksum" and "params_checksum"
+        uint32, "loss" and "grad_norm" float32; scalars, or [M] of as many members.
+    Returns:
+      {"step": int, "batch": 8 hexadecimal digits, "params": the same, "loss": text of
+      `float.hex`, "grad_norm": the same}; of several members lists of these.
+    """
+    return {
+        "step": int(step),
+        "batch": _each("{:08x}".format, metrics["batch_checksum"]),
+        "params": _each("{:08x}".format, metrics["params_checksum"]),
+        "loss": _each(float.hex, metrics["loss"]),
+        "grad_norm": _each(float.hex, metrics["grad_norm"]),
+    }
+
+
+def _each(text_of, numbers):
+    numbers = np.asarray(numbers)
+    if numbers.ndim:
+        return [text_of(number) for number in numbers.tolist()]
+    return text_of(numbers.item())
+
+
+def without_lists(values):
+    """Those of a dict's values that are single numbers, not one for each member."""
+    return {name: value for name, value in values.items() if np.ndim(value) == 0}
+
+
+def _open_rows(path, first_step):
+    """Opens a file of rows to append to, without those of later steps."""
+    if os.path.exists(path):
+        kept = [row for row in _read_rows(path) if row["step"] <= first_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def _read_rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -1,0 +1,68 @@
+"""Files that are whole or absent, whatever happens while they are written: text, JSON, CSV."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import socket
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Gives an OSError the name of the file where it has none, as when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # else its text would be shown no more
+            error.filename = error.filename or path
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name beside `path` that takes its place if nothing fails.
+
+    No two processes share that name. It ends as `path` does, since a suffix can choose the format.
+    """
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{socket.gethostname()}.{os.getpid()}.{name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def write_text(path, text):
+    """Writes a text file whole or not at all."""
+    with naming(path), replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(path, content):
+    """Writes `json_ready` content, whole or not at all."""
+    write_text(path, json.dumps(json_ready(content), indent=1))
+
+
+def write_csv(path, rows):
+    """Writes a non-empty list of dicts with the same keys as CSV, whole or not at all."""
+    options = {"newline": "", "encoding": "utf-8"}
+    with naming(path), replacing(path) as temporary, open(temporary, "w", **options) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def json_ready(value):
+    """Replaces NaN and infinities, which JSON can not hold, by None; numpy values by Python's."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
