@@ -2,11 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jinja2
-import numpy as np
 
 from jaxseg.evaluation import metrics, plots
 from jaxseg.evaluation import report_numbers as numbers
@@ -92,7 +90,10 @@ def _shared_values(content):
         "counted": numbers.COUNTED,
         "tables": numbers.tables(content.scores),
         "mean_dice": numbers.number(metrics.mean_dice(content.scores["cases"].values()), 3),
-        "case_rows": [numbers.case_row(content.scores, content.flags, case_id, dice) for case_id, dice in order],
+        "case_rows": [
+            numbers.case_row(content.scores, content.flags, case_id, dice)
+            for case_id, dice in order
+        ],
         "decisions": [
             numbers.decision_row(d, content.scores["class_names"]) for d in content.decisions
         ],
@@ -109,9 +110,7 @@ def _charts(content):
     boxes = []
     for table, score in BOXES:
         if score in content.scores["summary"]:
-            title = numbers.column_heading(
-                content.scores, numbers.TABLES[table][score][0]
-            )
+            title = numbers.column_heading(content.scores, numbers.TABLES[table][score][0])
             values = [case[score][1:] for case in content.scores["cases"].values()]
             names = content.scores["class_names"][1:]
             boxes.append(plots.svg_of(plots.draw_boxes, values, names, title))
@@ -123,9 +122,7 @@ def _member_charts(content):
     if content.members is None:
         return []
     name = numbers.MEMBERS[content.members["kind"]][0]
-    labels = [
-        f"{name} {numbers.member_name(row, name)}" for row in content.members["members"]
-    ]
+    labels = [f"{name} {numbers.member_name(row, name)}" for row in content.members["members"]]
     charts = []
     for key, title in MEMBER_CURVES.items():
         rows = [
@@ -153,9 +150,7 @@ def _calibration_chart(calibration):
 def _shown_cases(content):
     """The worst, the median and the best case with their planes, one loaded at a time."""
     ranked = [
-        (case_id, dice)
-        for case_id, dice in numbers.worst_first(content.scores)
-        if dice == dice
+        (case_id, dice) for case_id, dice in numbers.worst_first(content.scores) if dice == dice
     ]
     if content.load_case is None or not ranked:
         return

@@ -8,8 +8,6 @@ image as JPEG, the labels as exact PNG. A 512x512x600 CT so takes no more than a
 import base64
 import io
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from PIL import Image

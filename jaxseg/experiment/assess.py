@@ -8,7 +8,7 @@ import numpy as np
 from jaxseg import config as config_lib
 from jaxseg import parallel
 from jaxseg.data.nifti import is_nifti
-from jaxseg.evaluation import calibration, metrics, plots, report, scoring
+from jaxseg.evaluation import calibration, metrics, plots, report, report_numbers, scoring
 from jaxseg.experiment import member_scores
 from jaxseg.experiment.members import kind_of_members, member_alone, member_weights
 from jaxseg.experiment.predictor import FINISHED_NAME
@@ -115,7 +115,7 @@ def _publish(run, state, segmented, calibrated, decisions, members):
     run.log.text(f"\nwhole {name} cases, checkpoint of step {_step(state)}\n{table}")
     run.log.text(f"mean {name} Dice {mean_dice:.4f}")
     if members:
-        run.log.text(report.describe_members(members))
+        run.log.text(report_numbers.describe_members(members))
 
 
 def _score(run, case_files):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +13,11 @@ from jaxseg import parallel
 from jaxseg.data import pipeline
 from jaxseg.experiment import build
 from jaxseg.experiment.gather import Data
-from jaxseg.experiment.members import Member, members_of
+from jaxseg.experiment.members import Member
 from jaxseg.inference import whole_volume
 from jaxseg.models.summary import summarise_model
 from jaxseg.problem import Problem
-from jaxseg.run.log import Log, SilentLog
+from jaxseg.run.log import Log
 
 
 class RunProblem(Problem, RuntimeError):
@@ -104,7 +104,7 @@ def create_run(config, data, log, *, fresh):
     several = f"{len(members)} members; " if len(members) > 1 else ""
     log.text(
         f"{several}{counts} cases; {jax.device_count()} {jax.default_backend()} device(s) of "
-        f"{jax.process_count()} process(es); results in {build.workdir_of(config)}"
+        f"{jax.process_count()} process(es); results in {workdir_of(config)}"
     )
     train_step, eval_step = build.create_steps(config, model, tx, layout)
     recipe = build.create_recipe(

@@ -12,7 +12,6 @@ import numpy as np
 from jaxseg import geometry, parallel
 from jaxseg.inference import maps, normalisation, resampling, sliding_window
 
-
 # From weights, an image [X, Y, Z, C] and its affine to arrays by the name of the output.
 SegmentFn = Callable[[Any, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
