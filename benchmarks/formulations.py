@@ -56,11 +56,16 @@ def main(_):
 
 def operations(batch, shape):
     """(label, (functions by formulation, torch's function, arguments, first differentiated))."""
-    rank = len(shape)
 
     def array(channels, down):
         return normal(batch, *(n // down for n in shape), channels)
 
+    yield from convolutions(array, len(shape))
+    yield from transposed_convolutions(array, len(shape))
+    yield from pools_and_norms(array, len(shape))
+
+
+def convolutions(array, rank):
     for channels, features, down, size, stride in CONVOLUTIONS:
         options = {"strides": (stride,) * rank, "padding": (((size - 1) // 2, size // 2),) * rank}
         functions = {
@@ -74,6 +79,8 @@ def operations(batch, shape):
         label = f"convolve {channels}->{features} size {size} stride {stride} at 1/{down}"
         yield label, (functions, theirs, arguments, int(channels == 1))
 
+
+def transposed_convolutions(array, rank):
     transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
     for channels, down in ((64, 2), (128, 4), (256, 8)):
         arguments = (array(channels, down), normal(*(2,) * rank, channels, channels // 2))
@@ -83,7 +90,6 @@ def operations(batch, shape):
         }
         label = f"upconvolve {channels}->{channels // 2} at 1/{down}"
         yield label, (functions, functools.partial(transpose, stride=2), arguments, 0)
-
     functions = {
         "chosen": functools.partial(formulations.transposed_convolve, factor=4),
         "native": functools.partial(transposed_native, factor=4),
@@ -94,6 +100,8 @@ def operations(batch, shape):
         (functions, functools.partial(transpose, stride=4), arguments, 0),
     )
 
+
+def pools_and_norms(array, rank):
     window = (2,) * rank
     library = {"window_shape": window, "strides": window, "padding": "SAME"}
     for pool, theirs in (
@@ -106,7 +114,6 @@ def operations(batch, shape):
         }
         theirs = functools.partial(theirs, kernel_size=2)
         yield f"{pool} 32 at 1/1", (functions, theirs, (array(32, 1),), 0)
-
     functions = {
         "chosen": functools.partial(formulations.instance_norm, eps=EPS),
         "native": instance_norm_native,

@@ -55,65 +55,73 @@ class Grid:
 
 def make_grids(values, affine, rng):
     """The image on its own grid and on four others, as a dict from name to Grid."""
-    shape = values.shape
+    return {
+        "plain": Grid(values, affine, lambda label: label, lambda label: label, (1, 1)),
+        "permuted": permuted_grid(values, affine, rng),
+        "flipped": flipped_grid(values, affine, rng),
+        "oblique": oblique_grid(values, affine),
+        "anisotropic": anisotropic_grid(values, affine),
+    }
+
+
+def permuted_grid(values, affine, rng):
     order = rng.permutation(3)
     while (order == np.arange(3)).all():
         order = rng.permutation(3)
-    permuted = affine[:, [*order, 3]]
+    return Grid(
+        values.transpose(order),
+        affine[:, [*order, 3]],
+        lambda label: label.transpose(order),
+        lambda label: label.transpose(np.argsort(order)),
+        (2, 0),
+    )
+
+
+def flipped_grid(values, affine, rng):
     axes = tuple(np.flatnonzero(rng.integers(0, 2, 3))) or (1,)
     flip = np.eye(4)
     for axis in axes:
-        flip[axis, axis], flip[axis, 3] = -1, shape[axis] - 1
+        flip[axis, axis], flip[axis, 3] = -1, values.shape[axis] - 1
 
+    def flipped(label):
+        return np.flip(label, axes)
+
+    return Grid(flipped(values), affine @ flip, flipped, flipped, (0, 1))
+
+
+def oblique_grid(values, affine):
     turn, shear, centre = np.eye(4), np.eye(4), np.eye(4)
     turn[:2, :2] = [[np.cos(0.25), -np.sin(0.25)], [np.sin(0.25), np.cos(0.25)]]
     shear[0, 2], shear[1, 0] = 0.15, 0.1
-    centre[:3, 3] = (np.array(shape) - 1) / 2
+    centre[:3, 3] = (np.array(values.shape) - 1) / 2
     oblique = centre @ turn @ shear @ np.linalg.inv(centre)  # voxel of the new grid to old
 
     def moved(array, matrix, order):
         return ndimage.affine_transform(array, matrix[:3, :3], matrix[:3, 3], order=order)
 
+    return Grid(
+        moved(values.astype(np.float32), oblique, 1),
+        affine @ oblique,
+        lambda label: moved(label, oblique, 0),
+        lambda label: moved(label, np.linalg.inv(oblique), 0),
+        (1, 0),
+    )
+
+
+def anisotropic_grid(values, affine):
+    shape = values.shape
     coarse = (*shape[:2], max(1, round(shape[2] / 2.5)))
-    thick = geometry.resample_to_shape(values[..., None], coarse, order=1)[..., 0]
 
     def resized(label, shape):
         return geometry.resample_label_to_shape(label, shape, 256, order=1)
 
-    def same(label):
-        return label
-
-    return {
-        "plain": Grid(values, affine, same, same, (1, 1)),
-        "permuted": Grid(
-            values.transpose(order),
-            permuted,
-            lambda label: label.transpose(order),
-            lambda label: label.transpose(np.argsort(order)),
-            (2, 0),
-        ),
-        "flipped": Grid(
-            np.flip(values, axes),
-            affine @ flip,
-            lambda label: np.flip(label, axes),
-            lambda label: np.flip(label, axes),
-            (0, 1),
-        ),
-        "oblique": Grid(
-            moved(values.astype(np.float32), oblique, 1),
-            affine @ oblique,
-            lambda label: moved(label, oblique, 0),
-            lambda label: moved(label, np.linalg.inv(oblique), 0),
-            (1, 0),
-        ),
-        "anisotropic": Grid(
-            thick,
-            geometry.resampled_affine(affine, shape, coarse),
-            lambda label: resized(label, coarse),
-            lambda label: resized(label, shape),
-            (4, 1),
-        ),
-    }
+    return Grid(
+        geometry.resample_to_shape(values[..., None], coarse, order=1)[..., 0],
+        geometry.resampled_affine(affine, shape, coarse),
+        lambda label: resized(label, coarse),
+        lambda label: resized(label, shape),
+        (4, 1),
+    )
 
 
 def save(path, grid):

@@ -1,7 +1,8 @@
 """The same networks in PyTorch, written from the papers: what jaxseg is compared with.
 
-Layers have jaxseg's names, so that `jaxseg.training.transfer.from_torch` converts their weights; VGG16 and
-ResNet have torchvision's. For parity tests and benchmarks alone: jaxseg never imports torch.
+Layers have jaxseg's names, so that `jaxseg.training.transfer.from_torch` converts their weights;
+VGG16 and ResNet have torchvision's. For parity tests and benchmarks alone: jaxseg never imports
+torch.
 """
 
 import torch
@@ -331,7 +332,7 @@ class ResNet(nn.Module):
 
 
 def dice_cross_entropy(logits, label):
-    """Mean `jaxseg.training.losses.dice_cross_entropy_loss` of logits [B, K, *S] and label [B, *S]."""
+    """Mean `dice_cross_entropy_loss` of `training.losses`; logits [B, K, *S], label [B, *S]."""
     axes = tuple(range(2, logits.ndim))
     cross_entropy = F.cross_entropy(logits, label)
     probs = torch.softmax(logits, 1)[:, 1:]

@@ -115,14 +115,14 @@ def keep_compiled(folder: str) -> None:
     """
     import jax  # not needed to show the help
 
-    if not folder or jax.config.jax_compilation_cache_dir:
+    if not folder or jax.config.values["jax_compilation_cache_dir"]:
         return
     depends_on = (
         jax.__version__,
         _processor(),
         os.environ.get("NPROC"),
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        jax.config.jax_num_cpu_devices,
+        jax.config.values["jax_num_cpu_devices"],
     )
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
     path = os.path.join(os.path.abspath(os.path.expanduser(folder)), digest)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from jaxseg.problem import Problem
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "name": "",  # of the experiment; "" means that of the model
     "workdir": "",  # the run's folder; "" means runs/<name>
     "seed": 0,  # of initial weights and batches
@@ -124,7 +124,7 @@ FIELDS_OF_VOLUMES = {
     "augment.flip.axes": (0, 1, 2),
 }
 
-MODEL_DEFAULTS = {
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "unet": {
         "name": "unet",
         "features": (32, 64, 128, 256),  # one entry per resolution, finest first
@@ -162,7 +162,7 @@ MODEL_DEFAULTS = {
     },
 }
 
-CHOICES = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "data.kind": ("msd", "images"),
     "preprocess.normalisation": ("auto", "ct", "zscore"),
     "preprocess.image_order": (1, 3),
@@ -181,7 +181,7 @@ CHOICES = {
     "ensemble.by": ("map", "vmap"),
 }
 
-MODEL_CHOICES = {
+MODEL_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "unet": {
         "model.encoder": ("plain", "residual", "vgg16", "resnet18", "resnet34", "resnet50"),
         "model.padding": ("same", "valid"),
@@ -324,7 +324,7 @@ def differences(saved_json: str, new_json: str) -> list[str]:
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of a nested config by their full names, such as "optim.learning_rate"."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in config.items():
         if hasattr(value, "items"):
             fields |= flatten(value, f"{prefix}{name}.")

@@ -15,16 +15,15 @@ def reference() -> str:
     source = inspect.getsource(config)
     comments = _comments(source)
     dicts = {
-        statement.targets[0].id: statement.value
+        statement.target.id: statement.value
         for statement in ast.parse(source).body
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.targets[0], ast.Name)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
         and isinstance(statement.value, ast.Dict)
     }
     lines = list(_lines(dicts["FIELDS"], "", comments, config.CHOICES))
     models = dicts["MODEL_DEFAULTS"]
-    for key, fields in zip(models.keys, models.values, strict=True):
-        model = ast.literal_eval(key)
+    for model, fields in zip(config.MODEL_DEFAULTS, models.values, strict=True):
         lines += ["", f"With model.name {model!r}, from base_config({model!r}):"]
         lines += _lines(fields, "model.", comments, config.choices_of(model))
     lines += ["", "With three numbers in data.patch_size, from base_config(..., rank=3):"]

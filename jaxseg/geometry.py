@@ -5,6 +5,9 @@ the front, z to the head), as in NIfTI. Voxel centres lie on whole indices, so a
 reaches from -0.5 to n - 0.5 along an axis; resampling keeps those outer faces where they are.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from scipy import ndimage
 
@@ -15,7 +18,7 @@ AFFINE_TOLERANCE_MM = 1e-3
 _MIN_INDEPENDENCE = 1e-6
 
 
-def check_affine(affine):
+def check_affine(affine: np.ndarray) -> None:
     """Refuses an affine that does not place voxels in three independent directions.
 
     Args:
@@ -36,7 +39,7 @@ def check_affine(affine):
         raise ValueError(f"the affine is singular: its axes are {affine[:3, :3].tolist()}")
 
 
-def spacing_mm_from_affine(affine):
+def spacing_mm_from_affine(affine: np.ndarray) -> np.ndarray:
     """Distance between neighbouring voxel centres along each voxel axis.
 
     Args:
@@ -47,7 +50,7 @@ def spacing_mm_from_affine(affine):
     return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
 
 
-def to_canonical(array, affine):
+def to_canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Permutes and flips voxel axes so that they run as closely as possible along RAS+.
 
     Args:
@@ -67,10 +70,10 @@ def to_canonical(array, affine):
     canonical[:3, :3] = np.where(flips, -step, step)
     canonical[:3, 3] = affine[:3, 3] + step @ np.where(flips, shape - 1, 0)
     array = np.transpose(array, (*source_axes, *range(3, array.ndim)))
-    return np.flip(array, np.flatnonzero(flips)), canonical
+    return np.flip(array, tuple(np.flatnonzero(flips).tolist())), canonical
 
 
-def from_canonical(array, affine):
+def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Undoes `to_canonical`, value for value.
 
     Args:
@@ -82,11 +85,15 @@ def from_canonical(array, affine):
       ValueError: `affine` fails `check_affine`.
     """
     source_axes, flips = _canonical_axes(affine)
-    array = np.flip(array, np.flatnonzero(flips))
+    array = np.flip(array, tuple(np.flatnonzero(flips).tolist()))
     return np.transpose(array, (*np.argsort(source_axes), *range(3, array.ndim)))
 
 
-def resampled_shape(shape, spacing_mm, target_spacing_mm):
+def resampled_shape(
+    shape: Sequence[int],
+    spacing_mm: Sequence[float] | np.ndarray,
+    target_spacing_mm: Sequence[float] | np.ndarray,
+) -> tuple[int, ...]:
     """Grid size that covers the same extent at another spacing.
 
     Args:
@@ -100,7 +107,7 @@ def resampled_shape(shape, spacing_mm, target_spacing_mm):
     return tuple(max(1, int(n)) for n in np.round(np.asarray(shape) * ratio))
 
 
-def resample_to_shape(array, shape, order):
+def resample_to_shape(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
     """Interpolates a volume on a grid of another size that covers the same extent.
 
     Output voxel o reads the input at (o + 0.5) n_in / n_out - 0.5; beyond the outermost voxel
@@ -119,7 +126,9 @@ def resample_to_shape(array, shape, order):
     return np.stack([_zoom(channel, shape, order) for channel in np.moveaxis(array, -1, 0)], -1)
 
 
-def resample_label_to_shape(label, shape, num_classes, order):
+def resample_label_to_shape(
+    label: np.ndarray, shape: Sequence[int], num_classes: int, order: int
+) -> np.ndarray:
     """Resamples class indices without inventing classes, on the grid of `resample_to_shape`.
 
     Args:
@@ -151,7 +160,9 @@ def resample_label_to_shape(label, shape, num_classes, order):
     return result
 
 
-def resampled_affine(affine, shape, new_shape):
+def resampled_affine(
+    affine: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]
+) -> np.ndarray:
     """Affine of the grid that `resample_to_shape` makes: the outer faces stay in place.
 
     Args:
@@ -168,7 +179,7 @@ def resampled_affine(affine, shape, new_shape):
     return result
 
 
-def mirrored(place, size):
+def mirrored(place: Any, size: Any) -> Any:
     """Continues an axis beyond its ends by mirroring it about its outermost voxels.
 
     Args:

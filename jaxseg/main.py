@@ -5,6 +5,7 @@ file, as in `--config=unet.py`, is the shipped one of that name. With `--distrib
 several processes that train together.
 """
 
+import functools
 import os
 import re
 import sys
@@ -82,13 +83,16 @@ def _parse_flags(argv):
         print("\nSettings, --config.NAME=VALUE:\n", config_reference.reference(), sep="\n")
         sys.exit()
     argv = [_with_shipped_config(argument) for argument in argv]
-    rest = []
+    rest: list[str] = []
     problem = _problem_of(lambda: rest.extend(flags.FLAGS(argv)))
     if problem is None:
         return rest
     config = [argument for argument in argv if argument.startswith("--config=")]
     settings = [argument for argument in argv if argument.startswith("--config.")]
-    found = {s: _problem_of(lambda s=s: _parse_alone([argv[0], *config, s])) for s in settings}
+    found = {
+        setting: _problem_of(functools.partial(_parse_alone, [argv[0], *config, setting]))
+        for setting in settings
+    }
     lines = [f"{setting}: {text}" for setting, text in found.items() if text]
     _exit("\n".join(lines or [problem]))
 

@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 
+import collectives
 import jax
 import numpy as np
 import pytest
 import scaling
+import scaling_model
 
 LINKS = {"bandwidth_bytes_per_s": 1e9, "latency_s": 1e-5}
 HOSTS = {"devices_per_host": 4, "host_bandwidth_bytes_per_s": 1e8, "host_latency_s": 1e-4}
@@ -20,25 +22,25 @@ HOSTS = {"devices_per_host": 4, "host_bandwidth_bytes_per_s": 1e8, "host_latency
 
 def test_ring_takes_the_time_of_its_rounds():
     # Six rounds of a quarter of 4 MB: each 10 µs and 1 ms.
-    assert scaling.all_reduce_seconds(4, 4e6, **LINKS) == pytest.approx(6 * (1e-5 + 1e-3))
+    assert scaling_model.all_reduce_seconds(4, 4e6, **LINKS) == pytest.approx(6 * (1e-5 + 1e-3))
 
 
 def test_hosts_add_a_tree_over_their_share():
     # Inside as above; then a quarter, 1 MB, among 8 hosts: 2 x 3 rounds, 2 x 7/8 MB at 100 MB/s.
     inside, between = 6 * (1e-5 + 1e-3), 6 * 1e-4 + 0.0175
-    seconds = scaling.all_reduce_seconds(32, 4e6, **LINKS, **HOSTS)
+    seconds = scaling_model.all_reduce_seconds(32, 4e6, **LINKS, **HOSTS)
     assert seconds == pytest.approx(inside + between)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_one_host_is_a_ring_whatever_is_between_hosts(num_devices):
-    one_host = scaling.all_reduce_seconds(num_devices, 4e6, **LINKS, **HOSTS)
-    assert one_host == scaling.all_reduce_seconds(num_devices, 4e6, **LINKS)
+    one_host = scaling_model.all_reduce_seconds(num_devices, 4e6, **LINKS, **HOSTS)
+    assert one_host == scaling_model.all_reduce_seconds(num_devices, 4e6, **LINKS)
 
 
 def test_devices_that_do_not_fill_the_hosts_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match="6 devices do not fill hosts of 4"):
-        scaling.all_reduce_seconds(6, 1.0, **LINKS, **HOSTS)
+        scaling_model.all_reduce_seconds(6, 1.0, **LINKS, **HOSTS)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_devices_that_do_not_fill_the_hosts_are_refused_with_both_numbers():
     ],
 )
 def test_efficiency_is_compute_over_compute_and_what_is_not_hidden(overlap, expected):
-    found = scaling.predicted_efficiency(
+    found = scaling_model.predicted_efficiency(
         4, compute_s=1e-2, parameter_bytes=4e6, overlap=overlap, **LINKS
     )
     assert found == pytest.approx(expected)
@@ -58,14 +60,14 @@ def test_efficiency_is_compute_over_compute_and_what_is_not_hidden(overlap, expe
 
 def test_no_more_is_hidden_than_there_is_compute():
     # Of 6.06 ms, 1 ms of compute hides 1 ms.
-    found = scaling.predicted_efficiency(
+    found = scaling_model.predicted_efficiency(
         4, compute_s=1e-3, parameter_bytes=4e6, overlap=1.0, **LINKS
     )
     assert found == pytest.approx(1 / 6.06)
 
 
 def efficiency(num_devices, **links):
-    return scaling.predicted_efficiency(
+    return scaling_model.predicted_efficiency(
         num_devices, compute_s=0.01, parameter_bytes=4e6, overlap=0.0, **links
     )
 
@@ -86,15 +88,15 @@ def test_many_devices_on_a_ring_send_the_parameters_twice_and_latency_ends_it():
 
 @pytest.mark.parametrize(("num_devices", "expected"), [(1, 0), (2, 100), (4, 150), (8, 175)])
 def test_ideal_is_twice_the_parameters_but_a_part(num_devices, expected):
-    assert scaling.ideal_bytes(num_devices, 100) == expected
+    assert scaling_model.ideal_bytes(num_devices, 100) == expected
 
 
 def test_line_is_found_and_small_sizes_count_as_much_as_large_ones():
     sizes = np.array([1e3, 1e4, 1e6, 1e8])
     seconds = 1e-4 + 2e-9 * sizes
-    np.testing.assert_allclose(scaling.fit_line(sizes, seconds), (1e-4, 2e-9))
+    np.testing.assert_allclose(scaling_model.fit_line(sizes, seconds), (1e-4, 2e-9))
     noisy = seconds * np.array([1, 1, 1, 1.2])  # absolute error would move alpha by thousands
-    np.testing.assert_allclose(scaling.fit_line(sizes, noisy), (1e-4, 2e-9), rtol=0.2)
+    np.testing.assert_allclose(scaling_model.fit_line(sizes, noisy), (1e-4, 2e-9), rtol=0.2)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_line_is_found_and_small_sizes_count_as_much_as_large_ones():
     ],
 )
 def test_bytes_of_a_shape(shape, expected):
-    assert scaling.shape_bytes(shape) == expected
+    assert collectives.shape_bytes(shape) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_bytes_of_a_shape(shape, expected):
 )
 def test_group_is_counted_however_it_is_written(groups, expected):
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4]{{0}} all-reduce(%p), {groups}"
-    (found,) = scaling.find_collectives(text, num_devices=8)
+    (found,) = collectives.find_collectives(text, num_devices=8)
     assert found.group_size == expected
 
 
@@ -185,7 +187,7 @@ ENTRY %main (p: f32[8], q: f32[16]) -> (f32[8], f32[64], f32[4]) {
 
 
 def test_pair_counts_once_and_overlaps_if_compute_lies_between():
-    found = scaling.find_collectives(ASYNCHRONOUS, num_devices=4)
+    found = collectives.find_collectives(ASYNCHRONOUS, num_devices=4)
     assert [(c.kind, c.num_bytes, c.overlapped) for c in found] == [
         ("all-reduce", 32, True),
         ("all-gather", 256, True),
@@ -258,29 +260,29 @@ def texts():
     ],
 )
 def test_collectives_of_compiled_programs_are_found(texts, name, expected):
-    (found,) = scaling.find_collectives(texts[name], num_devices=4)
+    (found,) = collectives.find_collectives(texts[name], num_devices=4)
     assert (found.kind, found.num_bytes, found.group_size, found.times) == expected
     assert not found.overlapped
     assert found.bytes_per_step == expected[1] * expected[3]
 
 
 def test_each_neighbour_gets_all_of_what_is_permuted(texts):
-    (found,) = scaling.find_collectives(texts["permute"], num_devices=4)
+    (found,) = collectives.find_collectives(texts["permute"], num_devices=4)
     assert (found.kind, found.sent_per_step) == ("collective-permute", 96)
 
 
 def test_all_reduce_that_was_compiled_sends_the_ideal(texts):
-    (found,) = scaling.find_collectives(texts["together"], num_devices=4)
-    assert found.sent_per_step == scaling.ideal_bytes(4, 96 + 20) == 174
+    (found,) = collectives.find_collectives(texts["together"], num_devices=4)
+    assert found.sent_per_step == scaling_model.ideal_bytes(4, 96 + 20) == 174
 
 
 def test_program_without_collectives_has_none(texts):
-    assert scaling.find_collectives(texts["nothing"], num_devices=4) == []
+    assert collectives.find_collectives(texts["nothing"], num_devices=4) == []
 
 
 def test_loop_of_unknown_length_is_refused(texts):
     with pytest.raises(ValueError, match="its length is not known"):
-        scaling.find_collectives(texts["unknown"], num_devices=4)
+        collectives.find_collectives(texts["unknown"], num_devices=4)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ the noise range is one of variances, and displacements are cubic B-splines.
 
 import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,8 +20,11 @@ import tensorflow as tf
 fold_in = tf.random.experimental.stateless_fold_in
 split = tf.random.experimental.stateless_split
 
+Options = Mapping[str, Any]  # of one transform
+Transform = Callable[[tf.Tensor, tf.Tensor, Options], tf.Tensor]
 
-def region_size(patch_size, params):
+
+def region_size(patch_size: Sequence[int], params: Mapping[str, Options]) -> tuple[int, ...]:
     """Computes the size of the region in which a warped patch still fits.
 
     An axis tilted by an angle a reaches over cos a · P_i + sin a · |P_others| voxels, at most the
@@ -48,7 +53,9 @@ def region_size(patch_size, params):
     return tuple((patch + 2 * margin).tolist())
 
 
-def crop_centre(image, label, valid, *, patch_size):
+def crop_centre(
+    image: tf.Tensor, label: tf.Tensor, valid: tf.Tensor, *, patch_size: Sequence[int]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Cuts the patch out of the centre of the region: `augment` with nothing drawn."""
     _check_shapes(image, label, valid, patch_size)
     start = _origin(image, patch_size)
@@ -56,7 +63,15 @@ def crop_centre(image, label, valid, *, patch_size):
     return image[crop], label[crop], valid[crop]
 
 
-def augment(image, label, valid, seed, *, patch_size, params):
+def augment(
+    image: tf.Tensor,
+    label: tf.Tensor,
+    valid: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    patch_size: Sequence[int],
+    params: Mapping[str, Options],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Cuts a patch, warped and with altered intensities, out of the centre of the region.
 
     Each transform draws from a seed of its own, so that turning one off leaves the others as they
@@ -97,14 +112,14 @@ def augment(image, label, valid, seed, *, patch_size, params):
 # of the patch, where in the region its value comes from, in voxels from the common centre.
 
 
-def flip(grid, seed, options):
+def flip(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Mirrors each of `axes` with probability `prob`."""
     rank = grid.shape[-1]
     drawn = tf.random.stateless_uniform([rank], seed) < options["prob"]
     return grid * tf.where(drawn & np.isin(range(rank), options["axes"]), -1.0, 1.0)
 
 
-def displace(grid, seed, options):
+def displace(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Elastic deformation: shifts by a cubic B-spline of random control points.
 
     Control points lie `spacing_voxels` apart, each coefficient uniform in ± a magnitude drawn from
@@ -122,12 +137,12 @@ def displace(grid, seed, options):
     return grid + shift
 
 
-def scale(grid, seed, options):
+def scale(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Enlarges what is seen by one factor from `range` on all axes."""
     return grid / _uniform(seed, [], options["range"])
 
 
-def rotate(grid, seed, options):
+def rotate(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Turns by an angle from `range_deg` in each plane of axes (i, j), from i towards j."""
     rank = grid.shape[-1]
     planes = list(itertools.combinations(range(rank), 2))
@@ -142,7 +157,7 @@ def rotate(grid, seed, options):
     return tf.tensordot(grid, rotation, axes=1)  # its transpose times each coordinate: the inverse
 
 
-def translate(grid, seed, options):
+def translate(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Shifts each axis by a fraction of the patch from `range_fraction`."""
     *patch, rank = grid.shape
     return grid - _uniform(seed, [rank], options["range_fraction"]) * np.array(patch, np.float32)
@@ -151,14 +166,14 @@ def translate(grid, seed, options):
 # Intensity transforms: (image, seed, options) -> image, [*P, C] float32.
 
 
-def add_noise(image, seed, options):
+def add_noise(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Adds white Gaussian noise of a variance from `range_variance`."""
     variance_seed, noise_seed = tf.unstack(split(seed))
     variance = _uniform(variance_seed, [], options["range_variance"])
     return image + tf.sqrt(variance) * tf.random.stateless_normal(image.shape, noise_seed)
 
 
-def blur(image, seed, options):
+def blur(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Gaussian blur with, for each axis, a standard deviation from `range_sigma_voxels`."""
     *patch, _ = image.shape
     sigmas = tf.unstack(_uniform(seed, [len(patch)], options["range_sigma_voxels"]))
@@ -167,12 +182,12 @@ def blur(image, seed, options):
     return image
 
 
-def multiply_brightness(image, seed, options):
+def multiply_brightness(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Multiplies each channel by a factor from `range`."""
     return image * _uniform(seed, image.shape[-1:], options["range"])
 
 
-def scale_contrast(image, seed, options):
+def scale_contrast(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Scales each channel about its mean by a factor from `range`, within its former extremes."""
     voxels = range(image.shape.rank - 1)
     mean = tf.reduce_mean(image, voxels)
@@ -180,7 +195,7 @@ def scale_contrast(image, seed, options):
     return tf.clip_by_value(scaled, tf.reduce_min(image, voxels), tf.reduce_max(image, voxels))
 
 
-def simulate_low_resolution(image, seed, options):
+def simulate_low_resolution(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Samples the image down by a zoom from `range_zoom`, and up to its size again."""
     zoom = _uniform(seed, [], options["range_zoom"])
     for axis, length in enumerate(image.shape[:-1]):
@@ -188,7 +203,7 @@ def simulate_low_resolution(image, seed, options):
     return image
 
 
-def apply_gamma(image, seed, options):
+def apply_gamma(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Raises each channel, mapped to [0, 1], to a power from `range`; keeps mean and deviation."""
     voxels = range(image.shape.rank - 1)
     lowest, highest = tf.reduce_min(image, voxels), tf.reduce_max(image, voxels)
@@ -199,19 +214,19 @@ def apply_gamma(image, seed, options):
     return (powered - tf.reduce_mean(powered, voxels)) * stretch + tf.reduce_mean(image, voxels)
 
 
-def apply_inverted_gamma(image, seed, options):
+def apply_inverted_gamma(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """The gamma transform of the negative image."""
     return -apply_gamma(-image, seed, options)
 
 
 # In order of use. The numbers are folded into the seed: 0 is flip's, and none may ever change.
-SPATIAL = {
+SPATIAL: dict[str, tuple[int, Transform]] = {
     "elastic": (1, displace),
     "scaling": (2, scale),
     "rotation": (3, rotate),
     "translation": (4, translate),
 }
-INTENSITY = {
+INTENSITY: dict[str, tuple[int, Transform]] = {
     "noise": (5, add_noise),
     "blur": (6, blur),
     "brightness": (7, multiply_brightness),
@@ -222,7 +237,7 @@ INTENSITY = {
 }
 
 
-def sample_linear(image, coordinates):
+def sample_linear(image: tf.Tensor, coordinates: tf.Tensor) -> tf.Tensor:
     """Interpolates linearly (bi- or trilinearly) in an image that is 0 outside.
 
     Args:
@@ -245,13 +260,13 @@ def sample_linear(image, coordinates):
     return total
 
 
-def sample_nearest(array, coordinates):
+def sample_nearest(array: tf.Tensor, coordinates: tf.Tensor) -> tf.Tensor:
     """Takes the nearest value of an array [*R] of any dtype that is 0 outside, at [*P, rank]."""
     values, positions, strides = _zero_padded(array, coordinates)
     return tf.gather(values, _flat_index([tf.round(p) for p in positions], strides))
 
 
-def apply_along_axis(matrix, x, axis):
+def apply_along_axis(matrix: tf.Tensor | np.ndarray, x: tf.Tensor, axis: int) -> tf.Tensor:
     """Multiplies every line of x along one axis by a matrix [M, L], so that its length L becomes M.
 
     A separable linear filter is one such product per axis.
@@ -261,7 +276,7 @@ def apply_along_axis(matrix, x, axis):
     return tf.einsum(f"z{line},{axes}->{axes.replace(line, 'z')}", matrix, x)
 
 
-def cubic_spline_basis(length, spacing):
+def cubic_spline_basis(length: int, spacing: float) -> np.ndarray:
     """Uniform cubic B-splines, `spacing` voxels apart, at the voxels of an axis.
 
     Returns:
@@ -274,13 +289,13 @@ def cubic_spline_basis(length, spacing):
     return basis.astype(np.float32)
 
 
-def gaussian_matrix(length, sigma):
+def gaussian_matrix(length: int, sigma: tf.Tensor | float) -> tf.Tensor:
     """Gaussian filter of standard deviation sigma voxels, normalised within the axis: [L, L]."""
     voxel = np.arange(length, dtype=np.float32)
     return tf.nn.softmax(-(((voxel[:, np.newaxis] - voxel) / sigma) ** 2) / 2)
 
 
-def low_resolution_matrix(length, zoom):
+def low_resolution_matrix(length: int, zoom: tf.Tensor | float) -> tf.Tensor:
     """Nearest sampling of an axis down to zoom · length voxels, then linear sampling up: [L, L].
 
     Both keep the extent of the axis (half-voxel convention), so that zoom 1 is the identity.

@@ -2,13 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxseg.data import preprocess
 from jaxseg.data.blocked_arrays import block_boxes, block_shape
+from jaxseg.data.cases import Case, Dataset
 from jaxseg.data.images import read_image
 from jaxseg.data.labels import read_instances, read_label
 
@@ -25,7 +26,15 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("2.0.0")
 
-    def __init__(self, *, data_dir, dataset, plan, border_weight, shown_cases):
+    def __init__(
+        self,
+        *,
+        data_dir: str,
+        dataset: Dataset,
+        plan: preprocess.Plan,
+        border_weight: Mapping[str, float] | None,
+        shown_cases: Iterable[Case],
+    ):
         self._dataset = dataset
         self._plan = plan
         self._border_weight = border_weight
@@ -50,7 +59,8 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        headers = []  # filled while the blocks are written, which comes first
+        # Filled while the blocks are written, which comes first.
+        headers: list[dict[str, np.ndarray]] = []
         return {"blocks": self._generate_examples(headers), "cases": enumerate(headers)}
 
     def _log_download_bytes(self):

@@ -4,7 +4,8 @@ import codecs
 import dataclasses
 import json
 import os
-import pathlib
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 from jaxseg.data.nifti import is_nifti
 from jaxseg.problem import Problem
@@ -46,17 +47,17 @@ class DatasetProblems(Problem):
     `found` is the Dataset of the cases that are all there, None where nothing could be made of it.
     """
 
-    def __init__(self, problems, found=None):
+    def __init__(self, problems: Sequence[str], found: Dataset | None = None):
         super().__init__(problems)
         self.problems = list(problems)
         self.found = found
 
-    def __str__(self):
+    def __str__(self) -> str:
         noun = "problem" if len(self.problems) == 1 else "problems"
         return "\n- ".join([f"{len(self.problems)} {noun} in the dataset:", *self.problems])
 
 
-def find_msd_cases(root):
+def find_msd_cases(root: str | Path) -> Dataset:
     """Finds the labelled cases of a folder laid out as in the Medical Segmentation Decathlon.
 
     Reads ROOT/dataset.json: "training" lists pairs of "image" and "label" paths relative to ROOT,
@@ -72,8 +73,8 @@ def find_msd_cases(root):
         outside `root`, or in imagesTr without being listed.
     Reference: Simpson et al. 2019, arXiv:1902.09063.
     """
-    path = pathlib.Path(root, "dataset.json")
-    problems = []
+    path = Path(root, "dataset.json")
+    problems: list[str] = []
     label_names, modalities, entries = {}, {}, []
     content = _load_json(path, problems)
     if content is not None:
@@ -112,7 +113,13 @@ def find_msd_cases(root):
     )
 
 
-def find_image_cases(root, image_glob, label_pattern, class_names, label_values):
+def find_image_cases(
+    root: str | Path,
+    image_glob: str,
+    label_pattern: str,
+    class_names: Sequence[str],
+    label_values: Sequence[int] | None,
+) -> Dataset:
     """Finds pairs of an image and a label file by their names. No file is opened.
 
     Hidden files, and files that are the label of another image, are not images.
@@ -130,7 +137,7 @@ def find_image_cases(root, image_glob, label_pattern, class_names, label_values)
       DatasetProblems: No image is matched, labels are missing, two images have the same case id,
         or the classes and their values do not fit together.
     """
-    root = pathlib.Path(root)
+    root = Path(root)
     matched = sorted(
         path for path in root.glob(image_glob) if path.is_file() and not path.name.startswith(".")
     )
@@ -177,8 +184,8 @@ def _whole_or_problems(dataset, problems):
 
 
 def _case_id(path):
-    name = pathlib.PurePath(path).name
-    return pathlib.PurePath(name.removesuffix(".gz") if is_nifti(name) else name).stem
+    name = PurePath(path).name
+    return PurePath(name.removesuffix(".gz") if is_nifti(name) else name).stem
 
 
 def _label_path(root, image_path, label_pattern):
@@ -273,7 +280,7 @@ def _unlisted_file_problems(path, listed):
 
 
 def _duplicate_id_problems(named_paths):
-    by_id = {}
+    by_id: dict[str, list[str]] = {}
     for case_id, path in named_paths:
         by_id.setdefault(case_id, []).append(str(path))
     return [

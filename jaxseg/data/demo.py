@@ -9,6 +9,9 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -29,6 +32,9 @@ CSF_RANGE = (0.25, 0.55)
 GREY_RANGE = (0.65, 0.85)
 NOISE_RANGE = (0.01, 0.03)
 WHITE_RANGE = (500, 1500)
+
+# A case of a cohort: its index, and what dataset.json says of it.
+Entry = tuple[int, dict[str, str]]
 
 NOTICE = """\
 This cohort is synthetic: no image in it belongs to a person. jaxseg made every case by deforming
@@ -60,7 +66,12 @@ Please cite
 """
 
 
-def create_demo_cohort(out_dir, num_cases=32, seed=0, progress=None):
+def create_demo_cohort(
+    out_dir: str | Path,
+    num_cases: int = 32,
+    seed: int = 0,
+    progress: Callable[[Iterable[Entry]], Iterable[Entry]] | None = None,
+) -> str:
     """Write a synthetic brain-tissue cohort in Medical Segmentation Decathlon layout.
 
     Images are skull-stripped T1-like int16 volumes at 2 mm, [99, 117, 95]; labels are uint8:
@@ -112,7 +123,7 @@ def create_demo_cohort(out_dir, num_cases=32, seed=0, progress=None):
     return out_dir
 
 
-def cohort_metadata(num_cases, seed):
+def cohort_metadata(num_cases: int, seed: int) -> dict[str, Any]:
     """Content of dataset.json: a dict that also tells one cohort from another."""
     names = [f"brain_{k + 1:03d}.nii.gz" for k in range(num_cases)]
     return {
@@ -133,7 +144,7 @@ def cohort_metadata(num_cases, seed):
     }
 
 
-def checked_cohort(out_dir, metadata):
+def checked_cohort(out_dir: str, metadata: Mapping[str, Any]) -> str:
     """Return out_dir if it holds the cohort that metadata describes, else raise FileExistsError."""
     try:
         with open(os.path.join(out_dir, "dataset.json"), encoding="utf-8") as file:
@@ -149,7 +160,7 @@ def checked_cohort(out_dir, metadata):
     return out_dir
 
 
-def load_template():
+def load_template() -> tuple[np.ndarray, np.ndarray]:
     """Read the template out of the nilearn package, without importing nilearn.
 
     Returns:
@@ -171,14 +182,14 @@ def load_template():
                 f"The demo cohort is made from {path}, which is not installed: run "
                 "pip install 'jaxseg[demo]', or point --config.data.dir at your own data."
             )
-    images = [nib.load(path) for path in paths]
-    t1, grey, white = (np.asarray(image.dataobj, dtype=np.float32) for image in images)
+    images = [nib.Nifti1Image.from_filename(path) for path in paths]
+    t1, grey_255, white_255 = (np.asarray(image.dataobj, dtype=np.float32) for image in images)
     brain = (t1 > 0).astype(np.float32)  # the T1 is skull-stripped; ventricles are inside
-    grey, white = brain * grey / 255, brain * white / 255
+    grey, white = brain * grey_255 / 255, brain * white_255 / 255
     return np.stack([brain, t1 / np.average(t1, weights=white), grey, white]), images[0].affine
 
 
-def create_case(template, seed, k):
+def create_case(template: np.ndarray, seed: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Make case k of a cohort.
 
     Args:
@@ -213,7 +224,7 @@ def create_case(template, seed, k):
     return image, label
 
 
-def sampling_points(rng, shape):
+def sampling_points(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     """Where each voxel of the 2 mm grid looks into the 1 mm template: affine(x + displacement(x)).
 
     The map is one-to-one: the displacement's bound keeps it from folding, the affine is regular.
@@ -233,7 +244,7 @@ def sampling_points(rng, shape):
     return np.tensordot(matrix, moved, axes=1) + centre
 
 
-def displacement_mm(rng, shape):
+def displacement_mm(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     """Smooth random displacement on the 2 mm grid, [3, *shape] float64, mm.
 
     A cubic B-spline deformation whose control points move by at most 0.4 of their spacing.
@@ -246,7 +257,7 @@ def displacement_mm(rng, shape):
     return np.stack([limit * smooth_field(rng, shape, CONTROL_SPACING_MM) for limit in limits])
 
 
-def smooth_field(rng, shape, spacing_mm):
+def smooth_field(rng: np.random.Generator, shape: Sequence[int], spacing_mm: float) -> np.ndarray:
     """Random cubic B-spline on the 2 mm grid, [*shape] float64 in [-1, 1].
 
     Its coefficients are uniform in [-1, 1], about `spacing_mm` apart.
@@ -260,13 +271,13 @@ def smooth_field(rng, shape, spacing_mm):
     return field
 
 
-def num_intervals(shape, spacing_mm):
+def num_intervals(shape: Sequence[int], spacing_mm: float) -> np.ndarray:
     """How many intervals of about `spacing_mm` span each axis of the 2 mm grid, [3] int."""
     extent_mm = SPACING_MM * (np.array(shape) - 1)
     return np.maximum(np.rint(extent_mm / spacing_mm).astype(int), 1)
 
 
-def write_nifti(path, array, affine):
+def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
     """Write a volume as .nii.gz whose bytes depend on nothing but the arguments."""
     image = nib.Nifti1Image(array, affine)
     image.set_qform(affine, code="aligned")

@@ -6,6 +6,8 @@ still show something no training image did.
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -30,7 +32,9 @@ KINDS = {
 }
 
 
-def describe_image(image, spacing_mm, normalisation):
+def describe_image(
+    image: np.ndarray, spacing_mm: Iterable[float], normalisation: Sequence[str]
+) -> dict[str, float | list[float]]:
     """Numbers that tell one kind of image from another.
 
     Spacing and extent (voxels times spacing) along each axis. For each channel, percentiles of the
@@ -49,7 +53,9 @@ def describe_image(image, spacing_mm, normalisation):
     """
     shape, spacing_mm = image.shape[:3], tuple(map(float, spacing_mm))
     if shape[2] == 1 and spacing_mm == (1, 1, 1):
-        features = {f"extent_px/{axis}": float(shape[i]) for i, axis in enumerate("xy")}
+        features: dict[str, float | list[float]] = {
+            f"extent_px/{axis}": float(shape[i]) for i, axis in enumerate("xy")
+        }
     else:
         features = {f"spacing_mm/{axis}": spacing_mm[i] for i, axis in enumerate("xyz")}
         features |= {f"extent_mm/{axis}": shape[i] * spacing_mm[i] for i, axis in enumerate("xyz")}
@@ -65,7 +71,9 @@ def describe_image(image, spacing_mm, normalisation):
     return features
 
 
-def typical_ranges(features):
+def typical_ranges(
+    features: Sequence[Mapping[str, float | list[float]]],
+) -> dict[str, dict[str, Any]]:
     """What the training images have in common.
 
     The limits of each number are those between which one more draw from a normal distribution lies
@@ -93,7 +101,9 @@ def typical_ranges(features):
     return ranges
 
 
-def unlike_reasons(features, ranges):
+def unlike_reasons(
+    features: Mapping[str, float | list[float]], ranges: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """Says what is unusual about an image; of the percentiles of a channel only the worst.
 
     Args:
@@ -105,10 +115,10 @@ def unlike_reasons(features, ranges):
     """
     if ranges.keys() - features.keys():
         return ["it is not measured as the training images are: pixels against millimetres"]
-    worst = {}
+    worst: dict[str, tuple[float, str, float]] = {}
     for name, limits in ranges.items():
         value, low, high = features[name], limits["low"], limits["high"]
-        if "template" in limits:
+        if isinstance(value, list):  # a layout
             value = _correlation(np.array(limits["template"]), np.array(value))
         excess = max(low - value, value - high) / (high - low)
         group = name.partition("/percentile")[0]

@@ -2,11 +2,11 @@
 
 import contextlib
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from jaxseg.problem import file_problem
 from jaxseg.run.writers import replacing
@@ -20,7 +20,7 @@ def is_packed(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[IO[bytes]]:
+def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
     """Yields the bytes of a file as a stream, decompressed if its name ends in .gz.
 
     Raises:
@@ -39,9 +39,9 @@ def opened(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def replaced(path: str | Path) -> Iterator[IO[bytes]]:
+def replaced(path: str | Path) -> Iterator[io.BufferedIOBase]:
     """Yields a file to write, gzip if named so, that takes the place of `path` once it is whole."""
-    with replacing(path) as temporary, open(temporary, "w+b") as file:  # TIFF is read back
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         if not is_packed(path):
             yield file
             return

@@ -8,6 +8,7 @@ that is wrong with it; `read_image` refuses such a file.
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -15,10 +16,10 @@ from jaxseg import geometry
 from jaxseg.data.files import COPY_AGAIN
 from jaxseg.data.nifti import is_nifti, load_nifti, write_nifti
 from jaxseg.data.pictures import load_picture, opaque_pixels, write_tiff
-from jaxseg.problem import file_problem
+from jaxseg.problem import FileProblem, file_problem
 
 
-def read_image(path):
+def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads an image whose every voxel and whose place in the world can be used.
 
     Args:
@@ -38,7 +39,7 @@ def read_image(path):
     return image, affine
 
 
-def decode_image(path):
+def decode_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """`read_image` without its checks of values and affine.
 
     Raises:
@@ -54,7 +55,7 @@ def decode_image(path):
     return (image if image.ndim == 4 else image[..., None]), affine
 
 
-def image_problems(path, image):
+def image_problems(path: str | Path, image: np.ndarray) -> list[FileProblem]:
     """What makes the values of a decoded image unusable.
 
     Args:
@@ -76,7 +77,7 @@ def image_problems(path, image):
     return [file_problem(path, wrong, "replace them, for example with the air value")]
 
 
-def affine_problems(path, affine):
+def affine_problems(path: str | Path, affine: np.ndarray) -> list[FileProblem]:
     """What makes a decoded affine unusable: a list of at most one FileProblem."""
     try:
         geometry.check_affine(affine)
@@ -87,7 +88,9 @@ def affine_problems(path, affine):
     return []
 
 
-def write_map(path, values, affine, like=None):
+def write_map(
+    path: str | Path, values: np.ndarray, affine: np.ndarray, like: str | Path | None = None
+) -> None:
     """Writes real numbers, for example probabilities, as float32, as `write_label` does a label.
 
     Args:

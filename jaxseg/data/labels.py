@@ -8,6 +8,8 @@ that is wrong with it; `read_label` refuses such a file.
 """
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -18,7 +20,9 @@ from jaxseg.data.pictures import load_picture, opaque_pixels, write_png
 from jaxseg.problem import file_problem
 
 
-def read_label(path, label_values):
+def read_label(
+    path: str | Path, label_values: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads a label map as class indices.
 
     Args:
@@ -35,7 +39,9 @@ def read_label(path, label_values):
     return encode_label(path, values, label_values), affine
 
 
-def read_instances(path, label_values):
+def read_instances(
+    path: str | Path, label_values: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads which object each voxel belongs to.
 
     With `label_values` None and several values above 0 in the file, they are the objects (an
@@ -63,7 +69,7 @@ def read_instances(path, label_values):
     return instances, affine
 
 
-def decode_label(path):
+def decode_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """The values of a label file as they are stored, and its affine unchecked.
 
     Args:
@@ -97,7 +103,9 @@ def decode_label(path):
     return values[..., 0], np.eye(4)
 
 
-def encode_label(path, values, label_values):
+def encode_label(
+    path: str | Path, values: np.ndarray, label_values: Sequence[int] | None
+) -> np.ndarray:
     """Turns the values of a label file into class indices.
 
     Args:
@@ -135,7 +143,13 @@ def encode_label(path, values, label_values):
     return label
 
 
-def write_label(path, label, affine, label_values, like=None):
+def write_label(
+    path: str | Path,
+    label: np.ndarray,
+    affine: np.ndarray,
+    label_values: Sequence[int] | None,
+    like: str | Path | None = None,
+) -> None:
     """Writes class indices as a label file; a reader sees the old file or the new one, never half.
 
     The type is the smallest unsigned integer that holds the values. NIfTI is written with no

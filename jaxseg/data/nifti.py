@@ -3,6 +3,7 @@
 import io
 import math
 import os
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -10,6 +11,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
+from numpy.typing import DTypeLike
 
 from jaxseg.data.files import COPY_AGAIN, is_packed, opened, replaced
 from jaxseg.geometry import AFFINE_TOLERANCE_MM
@@ -33,12 +35,12 @@ _PLACEMENT_FIELDS = (
 )
 
 
-def is_nifti(path):
+def is_nifti(path: str | Path) -> bool:
     """Whether the file name ends in .nii or .nii.gz."""
     return os.fspath(path).lower().endswith((".nii", ".nii.gz"))
 
 
-def load_nifti(path, dtype=None):
+def load_nifti(path: str | Path, dtype: DTypeLike | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Scaled values, [X, Y, Z] or [X, Y, Z, C], and affine of a NIfTI file.
 
     The values are of `dtype`, None for what the file holds; too large ones become infinite.
@@ -65,7 +67,9 @@ def load_nifti(path, dtype=None):
         return values, np.asarray(image.affine, np.float64)
 
 
-def write_nifti(path, values, affine, like):
+def write_nifti(
+    path: str | Path, values: np.ndarray, affine: np.ndarray, like: str | Path | None
+) -> None:
     image = _nifti_image(path, _in_file_order(values), affine, like)
     with replaced(path) as file:
         image.to_stream(file)
@@ -131,6 +135,7 @@ def _nifti_image(path, values, affine, like):
         image.header.set_xyzt_units("mm")
         return image
     source = nibabel.load(like)
+    assert isinstance(source, nibabel.Nifti1Image)  # NIfTI 2 derives from it
     if source.shape[:3] != values.shape[:3] or np.abs(source.affine - affine).max() > (
         AFFINE_TOLERANCE_MM
     ):

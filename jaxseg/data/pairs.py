@@ -6,8 +6,9 @@ label files (NIfTI, or PNG or TIFF pictures) on one grid.
 
 import dataclasses
 import os
-import pathlib
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -31,11 +32,11 @@ _MAP = re.compile(
 class EvaluationProblems(Problem, ValueError):
     """Everything that keeps files from being evaluated; `problems` has one sentence for each."""
 
-    def __init__(self, problems):
+    def __init__(self, problems: Sequence[str]):
         super().__init__(problems)
         self.problems = list(problems)
 
-    def __str__(self):
+    def __str__(self) -> str:
         noun = "problem" if len(self.problems) == 1 else "problems"
         return "\n- ".join([f"{len(self.problems)} {noun}, nothing is evaluated:", *self.problems])
 
@@ -49,7 +50,14 @@ class Pair:
     reference: str
 
 
-def check_folders(folders, references, *, label_values=None, class_names=None, subset=False):
+def check_folders(
+    folders: Sequence[str | Path],
+    references: str | Path,
+    *,
+    label_values: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    subset: bool = False,
+) -> tuple[list[list[Pair]], Sequence[int] | None, tuple[str, ...]]:
     """Pairs the files of prediction folders with references, and checks every one of them.
 
     Args:
@@ -62,7 +70,7 @@ def check_folders(folders, references, *, label_values=None, class_names=None, s
     Raises:
       EvaluationProblems: as `evaluate_folders`.
     """
-    problems = []
+    problems: list[str] = []
     wanted = _label_files(references, problems)
     pairs_of = [_pairs(folder, references, wanted, problems, subset) for folder in folders]
     pairs = [pair for pairs in pairs_of for pair in pairs]
@@ -104,8 +112,8 @@ def _label_files(folder, problems):
     if not os.path.isdir(folder):
         problems.append(f"{folder}: no such folder; correct its name")
         return {}
-    found = {}
-    for path in sorted(pathlib.Path(folder).iterdir()):
+    found: dict[str, str] = {}
+    for path in sorted(Path(folder).iterdir()):
         nifti = is_nifti(path.name)
         if path.name.startswith(".") or not (nifti or path.suffix.lower() in _PICTURE_SUFFIXES):
             continue
@@ -115,8 +123,8 @@ def _label_files(folder, problems):
         found[case_id] = str(path)
     if not found:
         problems.append(f"{folder}: holds no label file (.nii, .nii.gz, .png, .tif); correct it")
-    maps = {case_id: _MAP.fullmatch(case_id) for case_id in found}
-    return {c: path for c, path in found.items() if not (maps[c] and maps[c][1] in found)}
+    case_of_map = {c: match[1] for c in found if (match := _MAP.fullmatch(c))}
+    return {c: path for c, path in found.items() if case_of_map.get(c) not in found}
 
 
 def _pairs(folder, references, wanted, problems, subset):

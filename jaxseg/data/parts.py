@@ -8,10 +8,13 @@ import multiprocessing.connection
 import os
 import shutil
 import threading
+from collections.abc import Callable, Iterable, Mapping
 
 import tensorflow_datasets as tfds
 
 from jaxseg.data.builder import CaseBuilder
+from jaxseg.data.cases import Case, Dataset
+from jaxseg.data.preprocess import Plan
 
 # Cases of a part, which is made whole or again; more where there would be too many parts to open.
 CASES_PER_PART = 4
@@ -22,7 +25,7 @@ POOL_BYTES = 256 << 20
 MAX_WORKERS = 8
 
 
-def cut(dataset, folder):
+def cut(dataset: Dataset, folder: str) -> dict[str, Dataset]:
     """The parts of a dataset: dict from the folder of each to a Dataset of its cases."""
     size = max(CASES_PER_PART, -(-len(dataset.cases) // MAX_PARTS))
     starts = range(0, len(dataset.cases), size)
@@ -34,7 +37,12 @@ def cut(dataset, folder):
     }
 
 
-def make_parts(parts, make_part, progress, most_workers):
+def make_parts(
+    parts: Mapping[str, Dataset],
+    make_part: Callable[..., int],
+    progress: Callable[[Iterable[Case]], Iterable[Case]],
+    most_workers: int,
+) -> None:
     """Makes parts, one after the other or, where that is worth it, in several processes."""
     if not parts:
         return
@@ -52,7 +60,14 @@ def make_parts(parts, make_part, progress, most_workers):
     next(shown_cases, None)  # so that progress knows it is over
 
 
-def make_part(folder, part, shown_cases=None, *, plan, border_weight):
+def make_part(
+    folder: str,
+    part: Dataset,
+    shown_cases: Iterable[Case] | None = None,
+    *,
+    plan: Plan,
+    border_weight: Mapping[str, float] | None,
+) -> int:
     """Makes a part, complete when its folder is there; returns its number of cases."""
     shown_cases = part.cases if shown_cases is None else shown_cases
     unfinished = folder + ".unfinished"
@@ -91,7 +106,8 @@ def _made_by_workers(parts, make_part, num_workers):
             workers.append(worker)
             ears.append(ear)
         while ears:
-            for ear in multiprocessing.connection.wait(ears):
+            ready = multiprocessing.connection.wait(ears)
+            for ear in [ear for ear in ears if ear in ready]:
                 try:
                     told = ear.recv()
                 except (EOFError, ConnectionResetError):
@@ -126,9 +142,11 @@ def _make_share(share, make_part, mouth):
 
 def _end_with_parent():
     """Lets this process end when its parent was killed, who can not tell it to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it was spawned
 
     def wait():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -2,18 +2,21 @@
 
 import io
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-from jaxseg.data.files import COPY_AGAIN, opened, replaced
+from jaxseg.data.files import COPY_AGAIN, opened
 from jaxseg.problem import FileProblem, file_problem
+from jaxseg.run.writers import replacing
 
 _PICTURE_FORMATS = ("PNG", "JPEG", "TIFF")
 _GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def load_picture(path):
+def load_picture(path: str | Path) -> Image.Image:
     """A decoded PIL image of one frame."""
     with opened(path) as stream:
         content = stream.read()
@@ -21,7 +24,7 @@ def load_picture(path):
         raise file_problem(path, "the file is empty", COPY_AGAIN)
     try:
         picture = Image.open(io.BytesIO(content), formats=_PICTURE_FORMATS)
-        if picture.format == "TIFF" and picture.n_frames > 1:
+        if isinstance(picture, TiffImageFile) and picture.n_frames > 1:
             raise file_problem(
                 path, f"a stack of {picture.n_frames} pictures", "save one picture per file"
             )
@@ -36,7 +39,7 @@ def load_picture(path):
     return picture
 
 
-def opaque_pixels(path, picture):
+def opaque_pixels(path: str | Path, picture: Image.Image) -> np.ndarray:
     """Grey or colour values of a picture without palette, [H, W, 1, 1 or 3]."""
     pixels = np.asarray(picture)
     if picture.mode in ("LA", "RGBA"):
@@ -53,17 +56,17 @@ def opaque_pixels(path, picture):
     return pixels.reshape(*pixels.shape[:2], 1, -1)
 
 
-def write_png(path, values):
+def write_png(path: str | Path, values: np.ndarray) -> None:
     if values.ndim != 3 or values.shape[2] != 1 or values.dtype.itemsize > 2:
         raise ValueError(
             f"{path}: PNG holds [H, W, 1] of uint8 or uint16, not {list(values.shape)} of "
             f"{values.dtype}; write NIfTI"
         )
-    with replaced(path) as file:
-        Image.fromarray(values[..., 0]).save(file, "PNG")
+    with replacing(path) as temporary:
+        Image.fromarray(values[..., 0]).save(temporary, "PNG")
 
 
-def write_tiff(path, values):
+def write_tiff(path: str | Path, values: np.ndarray) -> None:
     if values.ndim not in (3, 4) or values.shape[2] != 1:
         raise ValueError(
             f"{path}: TIFF holds [H, W, 1] or [H, W, 1, K], not {list(values.shape)}; write NIfTI"
@@ -71,5 +74,7 @@ def write_tiff(path, values):
     height, width = values.shape[:2]
     pages = np.moveaxis(values.reshape(height, width, -1), -1, 0)
     first, *others = (Image.fromarray(np.ascontiguousarray(page)) for page in pages)
-    with replaced(path) as file:
-        first.save(file, "TIFF", save_all=True, append_images=others, compression="tiff_deflate")
+    with replacing(path) as temporary:
+        first.save(
+            temporary, "TIFF", save_all=True, append_images=others, compression="tiff_deflate"
+        )

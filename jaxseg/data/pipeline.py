@@ -1,28 +1,31 @@
 """The training batch at step t as a pure function of (seed, t, global batch size)."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
 import numpy as np
 import tensorflow as tf
 
-from jaxseg.data.augment import augment, region_size
+from jaxseg.data.augment import Options, augment, region_size
+from jaxseg.data.prepared import CaseStore, PreparedCase
 from jaxseg.geometry import mirrored
 
 
 def train_batches(
-    store,
-    case_ids,
+    store: CaseStore | Mapping[str, PreparedCase],
+    case_ids: Iterable[str],
     *,
-    seed,
-    start_step,
-    num_steps,
-    batch_size,
-    patch_size,
-    num_channels,
-    foreground_fraction,
-    augment_params,
-    margin=(),
-    process_index=0,
-    process_count=1,
-):
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    batch_size: int,
+    patch_size: Sequence[int],
+    num_channels: int,
+    foreground_fraction: float,
+    augment_params: Mapping[str, Options],
+    margin: Sequence[int] = (),
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields this process's part of the batches `start_step` ... `num_steps - 1`.
 
     Example i of the run (i = t * batch_size + place in the batch) is drawn from (seed, i) alone:
@@ -82,7 +85,15 @@ def train_batches(
     )
 
 
-def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=()):
+def sample_region(
+    case: PreparedCase,
+    rng: np.random.Generator,
+    region: Sequence[int],
+    patch_size: Sequence[int],
+    foreground_fraction: float,
+    *,
+    margin: Sequence[int] = (),
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws a patch of a case and cuts the larger region around it that augmentation needs.
 
     The patch, without its margin, lies inside the scan where the scan is larger, and is centred on
@@ -129,7 +140,6 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=
         inside.append(slice(low, high))
         target.append(slice(low - start, high - start))
         spans.append((start, start + width, size))
-    inside, target = tuple(inside), tuple(target)
 
     if any(margin):
         places = [mirrored(np.arange(start, stop), size) for start, stop, size in spans]
@@ -137,9 +147,9 @@ def sample_region(case, rng, region, patch_size, foreground_fraction, *, margin=
         region_image = seen[np.ix_(*(p - p.min() for p in places))]
     else:
         region_image = np.zeros((*region, case.image.shape[-1]), np.float32)
-        region_image[target] = read(case.image, inside)
+        region_image[*target] = read(case.image, inside)
     region_label = np.zeros(region, np.int32)
     region_valid = np.zeros(region, np.float32)
-    region_label[target] = read(case.label, inside)
-    region_valid[target] = 1 if case.weight is None else read(case.weight, inside)
+    region_label[*target] = read(case.label, inside)
+    region_valid[*target] = 1 if case.weight is None else read(case.weight, inside)
     return region_image, region_label, region_valid

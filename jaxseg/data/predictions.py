@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from jaxseg.data.nifti import is_nifti
 from jaxseg.problem import Problem
@@ -35,7 +37,9 @@ class ImageCase:
     files: dict[str, str]
 
 
-def find_images(input_path, folder, outputs, recursive):
+def find_images(
+    input_path: str | Path, folder: str | Path, outputs: Sequence[str], recursive: bool
+) -> list[ImageCase]:
     """Lists the images to segment and the files to make of them. No file is opened.
 
     A volume's outputs are CASE.nii.gz (the label) and CASE_OUTPUT.nii.gz, a picture's CASE.png and
@@ -52,9 +56,9 @@ def find_images(input_path, folder, outputs, recursive):
     Raises:
       FolderProblem: There is no image, or files would be written twice or over an image.
     """
-    root = pathlib.Path(input_path)
+    root = Path(input_path)
     if root.is_dir():
-        paths = _images_below(root, pathlib.Path(folder), recursive)
+        paths = _images_below(root, Path(folder), recursive)
         if not paths:
             more = "" if recursive else ", or look into its subfolders with --recursive"
             raise FolderProblem(f"{root} holds no {_KINDS}; give another --input{more}")
@@ -78,7 +82,15 @@ class Records:
         "cases", a dict from case id to what `add` was given.
     """
 
-    def __init__(self, folder, cases, *, identity, workdirs, class_names):
+    def __init__(
+        self,
+        folder: str | Path,
+        cases: Sequence[ImageCase],
+        *,
+        identity: str,
+        workdirs: Sequence[str | Path],
+        class_names: Sequence[str],
+    ):
         """Goes on with the records in a folder, or starts them.
 
         Args:
@@ -109,7 +121,7 @@ class Records:
             )
         self._save()
 
-    def is_done(self, case):
+    def is_done(self, case: ImageCase) -> bool:
         """Whether every file of a case is there and was made of the image as it is now."""
         record = self.content["cases"].get(case.case_id, {"error": "never tried"})
         if "error" in record or not all(map(os.path.exists, case.files.values())):
@@ -119,7 +131,7 @@ class Records:
         except OSError:  # reading it will tell
             return False
 
-    def add(self, case, record):
+    def add(self, case: ImageCase, record: dict[str, Any]) -> None:
         """Writes down what became of a case; the file is whole at any time."""
         self.content["cases"][case.case_id] = json_ready(record)
         self._save()
@@ -128,7 +140,7 @@ class Records:
         write_text(self._path, json.dumps(self.content, indent=1) + "\n")
 
 
-def state_of(path):
+def state_of(path: str) -> dict[str, str | int]:
     """JSON-ready facts that differ when a file is another one or has changed."""
     status = os.stat(path)
     return {"file": path, "file_bytes": status.st_size, "file_modified_ns": status.st_mtime_ns}
@@ -163,7 +175,8 @@ def _case_of(path, root, folder, outputs):
 
 
 def _refuse_clashes(cases):
-    problems, image_of = [], {}
+    problems: list[str] = []
+    image_of: dict[str, str] = {}
     purpose_of = {os.path.realpath(case.path): "an image to segment" for case in cases}
     for case in cases:
         if case.case_id in image_of:

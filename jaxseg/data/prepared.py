@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from jaxseg.data import parts as parts_lib
 from jaxseg.data import preprocess
 from jaxseg.data.blocked_arrays import BlockedArray, RecordCache
 from jaxseg.data.builder import CaseBuilder, open_split
+from jaxseg.data.cases import Case, Dataset
 from jaxseg.data.fingerprint import data_fingerprint
 from jaxseg.data.verify import verify
 from jaxseg.run import writers
@@ -45,7 +48,7 @@ class CaseStore:
       parts: dict from the folder of a part to the ids of its cases, in order.
     """
 
-    def __init__(self, parts):
+    def __init__(self, parts: Mapping[str, Sequence[str]]):
         self._places = {
             case_id: (folder, index)
             for folder, case_ids in parts.items()
@@ -54,7 +57,7 @@ class CaseStore:
         self._source = functools.cache(open_split)
         self._records = RecordCache(self._read, CACHE_BYTES)
 
-    def __getitem__(self, case_id):
+    def __getitem__(self, case_id: str) -> PreparedCase:
         """Returns the PreparedCase of that id; its arrays are read when they are sliced."""
         folder, index = self._places[case_id]
         header = self._records[folder, "cases", index]
@@ -79,17 +82,17 @@ class CaseStore:
 
 
 def prepare(
-    dataset,
-    plan_ids,
+    dataset: Dataset,
+    plan_ids: Sequence[str],
     *,
-    cache_dir,
-    border_weight=None,
-    progress=lambda items, title: items,
-    process_index=0,
-    process_count=1,
-    barrier=lambda name: None,
-    **options,
-):
+    cache_dir: str,
+    border_weight: Mapping[str, float] | None = None,
+    progress: Callable[..., Iterable[Case]] = lambda items, title: items,
+    process_index: int = 0,
+    process_count: int = 1,
+    barrier: Callable[[str], None] = lambda name: None,
+    **options: Any,
+) -> tuple[CaseStore, preprocess.Plan, str]:
     """Verifies and preprocesses a dataset, or finds that done.
 
     What was finished before an interruption is not done again. Several processes that share a file
@@ -142,7 +145,7 @@ def prepare(
         {name: parts[name] for name in own},
         functools.partial(parts_lib.make_part, plan=plan, border_weight=border_weight),
         functools.partial(progress, title="preprocessing"),
-        max(os.cpu_count() // process_count, 1),
+        max((os.cpu_count() or 1) // process_count, 1),
     )
     barrier("parts")
     _check_shared(parts)
@@ -150,7 +153,7 @@ def prepare(
     return store, plan, fingerprint
 
 
-def local_folder(path):
+def local_folder(path: str) -> str:
     """The absolute form of the path of a folder that prepared cases can be kept in.
 
     ArrayRecord reads and writes through file descriptors, which object stores do not have.

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from jaxseg import geometry
 from jaxseg.data import familiarity
-from jaxseg.data.cases import DatasetProblems
+from jaxseg.data.cases import Case, DatasetProblems
 from jaxseg.data.images import read_image
 from jaxseg.data.labels import read_label
 
@@ -35,13 +37,13 @@ class Plan:
     intensity: tuple[tuple[float, ...], ...]
     image_order: int
     label_order: int
-    typical: dict = dataclasses.field(default_factory=dict)
+    typical: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def to_json(self):
+    def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text):
+    def from_json(cls, text: str) -> "Plan":
         fields = json.loads(text)
         for name in ("spacing_mm", "normalisation"):
             fields[name] = tuple(fields[name])
@@ -50,8 +52,15 @@ class Plan:
 
 
 def make_plan(
-    cases, *, label_values, modalities, spacing_mm, normalisation, image_order, label_order
-):
+    cases: Iterable[Case],
+    *,
+    label_values: Sequence[int] | None,
+    modalities: Sequence[str],
+    spacing_mm: Sequence[float],
+    normalisation: str,
+    image_order: int,
+    label_order: int,
+) -> Plan:
     """Derives the plan from training cases.
 
     Args:
@@ -98,7 +107,9 @@ def make_plan(
     )
 
 
-def preprocess_image(image, affine, plan):
+def preprocess_image(
+    image: np.ndarray, affine: np.ndarray, plan: Plan
+) -> tuple[np.ndarray, np.ndarray]:
     """Orients, resamples and normalises.
 
     Args:
@@ -121,14 +132,16 @@ def preprocess_image(image, affine, plan):
     return np.stack(channels, axis=-1), geometry.resampled_affine(affine, shape, new_shape)
 
 
-def preprocess_label(label, affine, plan, num_classes):
+def preprocess_label(
+    label: np.ndarray, affine: np.ndarray, plan: Plan, num_classes: int
+) -> np.ndarray:
     """Orients and resamples a label [X, Y, Z] uint8 to the grid of `preprocess_image`."""
     label, affine = geometry.to_canonical(label, affine)
     new_shape = _target_shape(label.shape, affine, plan)
     return geometry.resample_label_to_shape(label, new_shape, num_classes, plan.label_order)
 
 
-def preprocess_instances(instances, affine, plan):
+def preprocess_instances(instances: np.ndarray, affine: np.ndarray, plan: Plan) -> np.ndarray:
     """Orients instances [X, Y, Z] int32 and resamples them by nearest neighbour.
 
     Their numbers lie below 2^24, which float32 holds exactly.
@@ -139,7 +152,7 @@ def preprocess_instances(instances, affine, plan):
     return resampled[..., 0].astype(np.int32)
 
 
-def border_weights(instances, *, w0=10.0, sigma=5.0):
+def border_weights(instances: np.ndarray, *, w0: float = 10.0, sigma: float = 5.0) -> np.ndarray:
     """Weights that make a network learn the gaps between touching cells.
 
     w(x) = w_c(x) + w0 exp(-(d1 + d2)^2 / (2 sigma^2)), the second term in the background alone,

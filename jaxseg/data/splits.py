@@ -3,6 +3,8 @@
 import collections
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +19,13 @@ class SplitProblem(Problem, ValueError):
     """The wanted split can not be made; the message says why and how to mend it."""
 
 
-def split_from_file(path, case_ids, *, subject_of=str, fold=0):
+def split_from_file(
+    path: str | Path,
+    case_ids: Iterable[str],
+    *,
+    subject_of: Callable[[str], str] = str,
+    fold: int = 0,
+) -> dict[str, list[str]]:
     """Reads a split from JSON.
 
     Args:
@@ -63,13 +71,13 @@ def split_from_file(path, case_ids, *, subject_of=str, fold=0):
     return _checked(split, case_ids, subject_of, source=path)
 
 
-def lists_folds(path):
+def lists_folds(path: str | Path) -> bool:
     """Whether a file that `split_from_file` reads lists folds."""
     with open(path, encoding="utf-8") as file:
         return isinstance(json.load(file), list)
 
 
-def check_folds(folds):
+def check_folds(folds: Sequence[Mapping[str, Sequence[str]]]) -> None:
     """Raises SplitProblem unless folds share their test set, and validate each case once at most.
 
     Otherwise the average of their members would be tested on cases that some were trained on.
@@ -88,16 +96,16 @@ def check_folds(folds):
 
 
 def split_by_subject(
-    case_ids,
+    case_ids: Sequence[str],
     *,
-    seed,
-    subject_of=str,
-    test_regex="",
-    val_fraction=0.15,
-    test_fraction=0.15,
-    num_folds=0,
-    fold=0,
-):
+    seed: int,
+    subject_of: Callable[[str], str] = str,
+    test_regex: str = "",
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    num_folds: int = 0,
+    fold: int = 0,
+) -> dict[str, list[str]]:
     """Splits subjects at random.
 
     Args:
@@ -131,14 +139,14 @@ def split_by_subject(
     else:
         val = set(rest[: max(1, round(val_fraction * len(subjects)))])
 
-    split = {name: [] for name in SETS}
+    split: dict[str, list[str]] = {name: [] for name in SETS}
     for case in sorted(case_ids):
         subject = subject_of(case)
         split["test" if subject in test else "val" if subject in val else "train"].append(case)
     return _checked(split, case_ids, subject_of, source="the split")
 
 
-def subject_from_regex(regex):
+def subject_from_regex(regex: str) -> Callable[[str], str]:
     """Returns the function from case id to subject: the first group of `regex`; "" keeps the id."""
 
     def subject_of(case_id):
@@ -150,7 +158,9 @@ def subject_from_regex(regex):
     return subject_of if regex else str
 
 
-def save_split(path, split):
+def save_split(
+    path: str | Path, split: dict[str, list[str]] | Sequence[dict[str, list[str]]]
+) -> None:
     """Writes a split as JSON that `split_from_file` reads, whole or not at all."""
     writers.write_text(path, json.dumps(split, indent=1))
 

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -10,7 +11,10 @@ from jaxseg.geometry import AFFINE_TOLERANCE_MM
 from jaxseg.problem import FileProblem
 
 
-def verify(dataset, progress=None):
+def verify(
+    dataset: cases.Dataset,
+    progress: Callable[[Iterable[cases.Case]], Iterable[cases.Case]] | None = None,
+) -> None:
     """Reads every image and label once and reports all that is wrong with them.
 
     Files must be readable, with finite and varying image values, an invertible affine, known label
@@ -23,8 +27,9 @@ def verify(dataset, progress=None):
       cases.DatasetProblems: One sentence for each problem of each case, in the order of the cases,
         then those that only show between cases.
     """
-    problems = []
-    num_channels, id_by_content = {}, {}
+    problems: list[FileProblem | str] = []
+    num_channels: dict[str, int] = {}
+    id_by_content: dict[tuple[tuple[int, ...], bytes], str] = {}
     for case in progress(dataset.cases) if progress else dataset.cases:
         image, image_affine = _try(problems, images.decode_image, case.image_path)
         values, label_affine = _try(problems, labels.decode_label, case.label_path)
@@ -60,7 +65,7 @@ def _try(problems, decode, path):
 
 
 def _content_key(image):
-    return image.shape, hashlib.sha256(np.ascontiguousarray(image)).digest()
+    return image.shape, hashlib.sha256(np.ascontiguousarray(image).data).digest()
 
 
 def _constant_problems(path, image):

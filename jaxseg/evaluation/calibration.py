@@ -8,6 +8,8 @@ Which voxels enter decides what the figures mean: the air around a patient is al
 any network look calibrated. Say beside a figure whether it was of all voxels or of a region.
 """
 
+from typing import Any
+
 import numpy as np
 from scipy import optimize, special
 
@@ -16,7 +18,9 @@ NUM_BINS = 15
 TEMPERATURE_RANGE = (0.05, 20.0)
 
 
-def reliability(confidence, correct, num_bins=NUM_BINS):
+def reliability(
+    confidence: np.ndarray, correct: np.ndarray, num_bins: int = NUM_BINS
+) -> dict[str, Any]:
     """Accuracy of voxels of like confidence, and the expected calibration error (ECE).
 
     ECE = Σ_b n_b / N |accuracy_b - confidence_b| over bins ((b - 1) / B, b / B] of equal width.
@@ -35,7 +39,7 @@ def reliability(confidence, correct, num_bins=NUM_BINS):
     return _reliability_of(_bin_sums(num_bins, confidence, correct))
 
 
-def calibration_sums(logits, label, temperature=1.0):
+def calibration_sums(logits: np.ndarray, label: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """What a case adds to the calibration of a set.
 
     Args:
@@ -55,7 +59,7 @@ def calibration_sums(logits, label, temperature=1.0):
     return _bin_sums(NUM_BINS, confidence, correct, log_normaliser - of_label / temperature)
 
 
-def from_sums(sums):
+def from_sums(sums: np.ndarray) -> dict[str, Any]:
     """`reliability` of a set from the sum of its `calibration_sums`, [B, 4].
 
     Besides "ece" and "bins" it holds "nll", the mean negative log-likelihood in nats per voxel, and
@@ -66,12 +70,14 @@ def from_sums(sums):
     return result | {"nll": float(sums[:, 3].sum() / num_voxels), "num_voxels": num_voxels}
 
 
-def evaluate_calibration(logits, label, temperature=1.0):
+def evaluate_calibration(
+    logits: np.ndarray, label: np.ndarray, temperature: float = 1.0
+) -> dict[str, Any]:
     """`from_sums` of one set of voxels: what to report of those the temperature has not seen."""
     return from_sums(calibration_sums(logits, label, temperature))
 
 
-def fit_temperature(logits, label):
+def fit_temperature(logits: np.ndarray, label: np.ndarray) -> float:
     """The temperature T that makes the labels likeliest under softmax(logits / T).
 
     The mean negative log-likelihood is convex in 1 / T. T does not change which class is largest,
@@ -97,7 +103,9 @@ def fit_temperature(logits, label):
     return 1.0 if at_end else float(np.exp(best.x))
 
 
-def calibrate(logits, label, *, set_name, temperature=None):
+def calibrate(
+    logits: np.ndarray, label: np.ndarray, *, set_name: str, temperature: float | None = None
+) -> dict[str, Any]:
     """Says what a temperature changes on a set of voxels.
 
     Args:

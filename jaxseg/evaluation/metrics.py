@@ -6,13 +6,15 @@ that is absent from only one of them has Dice and IoU 0. A distance to something
 is infinite: it enters no mean either, but is counted beside it.
 """
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
 import numpy as np
 from scipy import ndimage
 
 _BLOCK_VOXELS = 1 << 22  # bounds the memory for counting, whatever the volume
 
 
-def confusion_counts(prediction, label, num_classes):
+def confusion_counts(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
     """Voxels of each class that are true positive, false positive and false negative.
 
     Args:
@@ -38,17 +40,17 @@ def confusion_counts(prediction, label, num_classes):
                 f"give class indices from 0 to {num_classes - 1}."
             )
     prediction, label = prediction.ravel(), label.ravel()
-    confusion = np.zeros(num_classes**2, np.int64)
+    pairs = np.zeros(num_classes**2, np.int64)
     for start in range(0, label.size, _BLOCK_VOXELS):
         block = slice(start, start + _BLOCK_VOXELS)
         joint = label[block].astype(np.int64) * num_classes + prediction[block].astype(np.int64)
-        confusion += np.bincount(joint, minlength=num_classes**2)
-    confusion = confusion.reshape(num_classes, num_classes)
+        pairs += np.bincount(joint, minlength=num_classes**2)
+    confusion = pairs.reshape(num_classes, num_classes)
     tp = np.diagonal(confusion)
     return np.stack([tp, confusion.sum(axis=0) - tp, confusion.sum(axis=1) - tp], axis=1)
 
 
-def scores_from_counts(counts):
+def scores_from_counts(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Overlap scores of each class.
 
     dice = 2 tp / (2 tp + fp + fn), iou = tp / (tp + fp + fn), precision = tp / (tp + fp),
@@ -69,7 +71,7 @@ def scores_from_counts(counts):
     }
 
 
-def volumes_from_counts(counts, affine):
+def volumes_from_counts(counts: np.ndarray, affine: np.ndarray) -> dict[str, np.ndarray]:
     """Volume of each class in millilitres (1000 mm³).
 
     Args:
@@ -88,7 +90,9 @@ def volumes_from_counts(counts, affine):
     }
 
 
-def lesion_scores(prediction, label, num_classes, min_overlap=0.0):
+def lesion_scores(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int, min_overlap: float = 0.0
+) -> dict[str, np.ndarray]:
     """Detection of lesions: a lesion is what hangs together by faces, edges or corners.
 
     A lesion of the reference is found if at least one of its voxels, and at least the fraction
@@ -120,7 +124,9 @@ def lesion_scores(prediction, label, num_classes, min_overlap=0.0):
     return {"lesion_precision": precision, "lesion_recall": recall, "lesion_f1": f1}
 
 
-def class_boxes(prediction, label, num_classes):
+def class_boxes(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int
+) -> Iterator[tuple[int, tuple[slice, ...]]]:
     """Smallest box that holds a class in both volumes, for each class but the background.
 
     Args:
@@ -143,7 +149,7 @@ def class_boxes(prediction, label, num_classes):
             )
 
 
-def mean_foreground(scores):
+def mean_foreground(scores: Sequence[float | None] | np.ndarray) -> float:
     """Mean of one score of one case over its classes 1, 2, …, without the NaN.
 
     Args:
@@ -155,14 +161,14 @@ def mean_foreground(scores):
     return float(mean)
 
 
-def mean_dice(scores_by_case):
+def mean_dice(scores_by_case: Iterable[Mapping[str, np.ndarray]]) -> float:
     """Mean over cases of each case's mean foreground Dice; NaN if no case has one."""
     by_case = np.array([mean_foreground(scores["dice"]) for scores in scores_by_case])
     counted = by_case[~np.isnan(by_case)]
     return float(counted.mean()) if counted.size else float("nan")
 
 
-def worst_first(scores_of):
+def worst_first(scores_of: Mapping[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
     """Sorts cases by mean foreground Dice, from the lowest; those without one come last."""
 
     def rank(item):
@@ -172,7 +178,9 @@ def worst_first(scores_of):
     return dict(sorted(scores_of.items(), key=rank))
 
 
-def summarise(scores_by_case):
+def summarise(
+    scores_by_case: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, dict[str, np.ndarray]]:
     """Mean and spread of each score over cases, class by class, of the finite scores.
 
     Args:

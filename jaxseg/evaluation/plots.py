@@ -1,6 +1,9 @@
 """Pictures of a run: learning curves, box plots, calibration, and contact sheets of overlays."""
 
 import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -8,6 +11,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from jaxseg.run.writers import replacing
 
@@ -25,11 +30,11 @@ CURVES = (
 
 # Stands for the text colour of the page that an SVG is put into.
 _INK = "#010203"
-_ON_PAGE = {
+_ON_PAGE: dict[Any, Any] = {
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
     ),
-    "axes.prop_cycle": matplotlib.cycler(color=CLASS_COLOURS),
+    "axes.prop_cycle": cycler(color=CLASS_COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
@@ -41,7 +46,7 @@ _ON_PAGE = {
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
-def svg_of(draw, *args):
+def svg_of(draw: Callable[..., Figure], *args: Any) -> str:
     """Draws a figure as an SVG element whose ink is the text colour of the page around it.
 
     Args:
@@ -58,7 +63,7 @@ def svg_of(draw, *args):
     return text.getvalue()[text.getvalue().index("<svg") :].strip().replace(_INK, "currentColor")
 
 
-def save_learning_curves(path, rows):
+def save_learning_curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Plots loss and validation Dice over steps.
 
     Args:
@@ -71,7 +76,7 @@ def save_learning_curves(path, rows):
     _save(figure, path)
 
 
-def draw_curves(rows, names, title):
+def draw_curves(rows: Sequence[Mapping[str, Any]], names: Iterable[str], title: str) -> Figure:
     """Draws one panel of the learning curves.
 
     Args:
@@ -86,7 +91,9 @@ def draw_curves(rows, names, title):
     return figure
 
 
-def draw_boxes(values, class_names, title):
+def draw_boxes(
+    values: Sequence[Sequence[float | None]] | np.ndarray, class_names: Sequence[str], title: str
+) -> Figure:
     """Draws a box plot per class, from the top down, with every case as a point.
 
     The box reaches from the lower to the upper quartile, its line is the median, the whiskers reach
@@ -127,7 +134,7 @@ def draw_boxes(values, class_names, title):
     return figure
 
 
-def draw_reliability(curves):
+def draw_reliability(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Draws how often voxels are right against how sure the network was of them.
 
     Args:
@@ -145,7 +152,11 @@ def draw_reliability(curves):
     return figure
 
 
-def save_contact_sheet(path, panels, class_names):
+def save_contact_sheet(
+    path: str | Path,
+    panels: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, float]],
+    class_names: Sequence[str],
+) -> None:
     """Draws a row per case: image, reference overlay, prediction overlay.
 
     Args:
@@ -191,7 +202,7 @@ def _rescaled(image):
 
 
 def _coloured(label):
-    colours = [(0, 0, 0, 0)]
+    colours: list[tuple[float, ...]] = [(0, 0, 0, 0)]
     colours += [
         matplotlib.colors.to_rgba(CLASS_COLOURS[i % len(CLASS_COLOURS)], OVERLAY_ALPHA)
         for i in range(label.max())

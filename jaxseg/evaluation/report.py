@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jinja2
+import numpy as np
 
 from jaxseg.evaluation import metrics, plots
 from jaxseg.evaluation import report_numbers as numbers
@@ -13,6 +16,9 @@ from jaxseg.run import writers
 
 BOXES = (("Overlap", "dice"), ("Surface", "nsd"), ("Surface", "hd95"))
 MEMBER_CURVES = {"member_loss": "loss", "member_val_dice": "mean validation Dice (whole cases)"}
+
+# Image, label, prediction and spacing, as ReportContent says.
+LoadedCase = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[float] | np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,8 @@ class ReportContent:
       versions: dict from package to version.
       fingerprint: of the data, or "".
       flags: dict from case id to the reasons why it is unlike the training set.
-      members: dict of `jaxseg.experiment.member_scores.summarise_members`, or None for a single network.
+      members: dict of `jaxseg.experiment.member_scores.summarise_members`, or None for a single
+        network.
       load_case: function from a case id to (image [X, Y, Z, C], label [X, Y, Z], prediction
         [X, Y, Z], spacing_mm [3]) in RAS+ axes, or for a picture (Z is 1) with rows along X,
         columns along Y and None as spacing; None shows no overlays.
@@ -39,19 +46,19 @@ class ReportContent:
 
     title: str
     set_name: str
-    scores: dict
-    curves: tuple | list = ()
-    calibration: dict | None = None
-    decisions: tuple | list = ()
+    scores: dict[str, Any]
+    curves: Sequence[Mapping[str, Any]] = ()
+    calibration: dict[str, Any] | None = None
+    decisions: Sequence[dict[str, Any]] = ()
     config: str = ""
-    versions: dict = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
-    flags: dict = dataclasses.field(default_factory=dict)
-    members: dict | None = None
-    load_case: Callable[[str], tuple] | None = None
+    flags: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    members: dict[str, Any] | None = None
+    load_case: Callable[[str], LoadedCase] | None = None
 
 
-def write_report(folder, content):
+def write_report(folder: str | Path, content: ReportContent) -> None:
     """Writes `report.html` and `report.md`, each whole or not at all.
 
     The Markdown refers to `curves.png` and to the contact sheet of the set where the folder has

@@ -77,6 +77,8 @@ COUNTED = (
     "without distance."
 )
 
+Row = tuple[str, list[dict[str, str]]]  # class name and cells
+
 
 def describe_members(members: dict[str, Any]) -> str:
     """What the members of a run say, as a line for the terminal.
@@ -86,7 +88,7 @@ def describe_members(members: dict[str, Any]) -> str:
     """
     name, rows = MEMBERS[members["kind"]][0], members["members"]
     if "summary" in members:
-        found = interval_cell(members["summary"]["dice"], 4)
+        found = _interval_cell(members["summary"]["dice"], 4)
         return (
             f"mean {members['set']} Dice of a member alone {found['mean']} (95 % interval "
             f"{found['interval']}) over {len(rows)} {name}s"
@@ -106,7 +108,7 @@ def about(set_name: str, members: dict[str, Any] | None) -> str:
     return f"{of_set} {ABOUT_NETWORK[members['kind']].format(num=len(members['members']))}"
 
 
-def members(members):
+def members(members: dict[str, Any] | None) -> dict[str, Any] | None:
     """Table of the members: its note, heading, rows (cells, whether chosen) and summary cells."""
     if members is None:
         return None
@@ -123,16 +125,17 @@ def members(members):
         "name": name,
         "note": note,
         "rows": rows,
-        "summary": [interval_cell(value, 3) for value in found],
+        "summary": [_interval_cell(value, 3) for value in found],
     }
 
 
-def member_name(row, name):
+def member_name(row: Mapping[str, Any], name: str) -> str:
+    """What tells a member from the others, as text; `name` is what they differ in."""
     value = row[name.replace(" ", "_")]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def interval_cell(found, digits):
+def _interval_cell(found, digits):
     """Texts of what `statistics.t_interval` found."""
     mean, sd, low, high = (
         number(value, digits) for value in (found["mean"], found["sd"], *found["interval"])
@@ -140,24 +143,24 @@ def interval_cell(found, digits):
     return {"mean": f"{mean} ± {sd}", "interval": f"{low} to {high}", "num": found["num"]}
 
 
-def worst_first(scores):
+def worst_first(scores: dict[str, Any]) -> list[tuple[str, float]]:
     """(case id, mean foreground Dice), in the order of `metrics.worst_first`."""
     ranked = metrics.worst_first(scores["cases"])
     return [(case_id, metrics.mean_foreground(case["dice"])) for case_id, case in ranked.items()]
 
 
-def tables(scores):
+def tables(scores: dict[str, Any]) -> list[tuple[str, list[str], list[Row]]]:
     """List of (heading, column headings, rows); a row is (class name, cells)."""
     tables = []
     for heading, columns in TABLES.items():
         columns = {name: column for name, column in columns.items() if name in scores["summary"]}
-        if heading == "Volume" and unit_of(scores) != "mm":
+        if heading == "Volume" and _unit_of(scores) != "mm":
             continue  # a picture has none
         if columns:
             rows = [
                 (
                     class_name,
-                    [cell(scores, name, i, digits) for name, (_, digits) in columns.items()],
+                    [_cell(scores, name, i, digits) for name, (_, digits) in columns.items()],
                 )
                 for i, class_name in enumerate(scores["class_names"][1:], start=1)
             ]
@@ -165,17 +168,18 @@ def tables(scores):
     return tables
 
 
-def unit_of(scores):
+def _unit_of(scores):
     return scores["about"].get("unit", "mm")
 
 
-def column_heading(scores, template):
-    unit, tolerance = unit_of(scores), scores["about"].get("tolerance_mm")
+def column_heading(scores: dict[str, Any], template: str) -> str:
+    """A heading of TABLES with the unit and the tolerance of these scores."""
+    unit, tolerance = _unit_of(scores), scores["about"].get("tolerance_mm")
     at = "" if tolerance is None else f" at {tolerance:g} {unit}"
     return template.format(unit=unit, tolerance=at)
 
 
-def cell(scores, name, index, digits):
+def _cell(scores, name, index, digits):
     """Texts of one class's score: "mean ± sd", the interval, and what does not count."""
     summary = scores["summary"][name]
     mean, sd, low, high = (
@@ -188,7 +192,7 @@ def cell(scores, name, index, digits):
     return {"mean": f"{mean} ± {sd}", "interval": f"{low} to {high}", "num": ", ".join(notes)}
 
 
-def number(value, digits):
+def number(value: float | None, digits: int) -> str:
     """A number as text; what is None (null in JSON) or not finite is a dash."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 

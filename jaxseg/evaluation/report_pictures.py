@@ -8,6 +8,8 @@ image as JPEG, the labels as exact PNG. A 512x512x600 CT so takes no more than a
 import base64
 import io
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,7 +33,12 @@ PICTURE_PLANES = {"picture": (2, 0, 1)}
 ENDS = ("RL", "AP", "SI")
 
 
-def planes(image, label, prediction, spacing_mm):
+def planes(
+    image: np.ndarray,
+    label: np.ndarray,
+    prediction: np.ndarray,
+    spacing_mm: Sequence[float] | np.ndarray | None,
+) -> Iterator[dict[str, Any]]:
     """Yields what the template needs of each plane of one case.
 
     Args:
@@ -41,7 +48,7 @@ def planes(image, label, prediction, spacing_mm):
     """
     planes, side, box = PLANES, SIDE, (slice(None),) * 3
     is_picture = spacing_mm is None
-    if is_picture:
+    if spacing_mm is None:
         planes, side, spacing_mm = PICTURE_PLANES, PICTURE_SIDE, (1, 1, 1)
     else:
         box = _box_of((label > 0) | (prediction > 0), spacing_mm)
@@ -120,7 +127,8 @@ def _most_wrong(reference, predicted):
 
 def _resized(frames, size, resampling):
     """Frames [N, H, W] or [N, H, W, 3] uint8 at (width, height) pixels."""
-    return np.stack([Image.fromarray(frame).resize(size, resampling) for frame in frames])
+    pictures = (Image.fromarray(frame).resize(size, resampling) for frame in frames)
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def _outlines(frames):

@@ -1,6 +1,9 @@
 """All scores of a case, and of many cases with their spread and intervals, written to files."""
 
 import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +14,15 @@ from jaxseg.run import writers
 COMPARED = ("dice", "nsd")
 
 
-def score_case(prediction, label, affine, num_classes, *, tolerance_mm=1.0, lesions=False):
+def score_case(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    affine: np.ndarray,
+    num_classes: int,
+    *,
+    tolerance_mm: float = 1.0,
+    lesions: bool = False,
+) -> dict[str, np.ndarray]:
     """All scores of a case.
 
     Args:
@@ -44,7 +55,9 @@ def score_case(prediction, label, affine, num_classes, *, tolerance_mm=1.0, lesi
     return scores
 
 
-def summarise(scores_of):
+def summarise(
+    scores_of: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, dict[str, np.ndarray]]:
     """Mean, spread and 95 % interval of each score over cases, class by class.
 
     Args:
@@ -60,7 +73,14 @@ def summarise(scores_of):
     return summary
 
 
-def save_scores(folder, name, scores_of, *, class_names, about):
+def save_scores(
+    folder: str | Path,
+    name: str,
+    scores_of: Mapping[str, dict[str, np.ndarray]],
+    *,
+    class_names: Sequence[str],
+    about: dict[str, Any],
+) -> tuple[str, float]:
     """Writes scores of cases and their summary.
 
     `NAME.json` holds `about`, "class_names", "mean_dice", "summary" and "cases", worst first;
@@ -98,7 +118,11 @@ def save_scores(folder, name, scores_of, *, class_names, about):
     return format_table(summary, class_names), mean
 
 
-def compare(scores_of, others_of, class_names):
+def compare(
+    scores_of: Mapping[str, Mapping[str, np.ndarray]],
+    others_of: Mapping[str, Mapping[str, np.ndarray]],
+    class_names: Sequence[str],
+) -> list[dict[str, Any]]:
     """Differences of two models on the same cases: the first minus the second.
 
     Args:

@@ -1,5 +1,8 @@
 """What a number of cases or of trainings allows to say: intervals, and two models compared."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from scipy import stats
 
@@ -8,7 +11,7 @@ LEVEL = 0.95
 _BLOCK_VALUES = 1 << 22  # bounds the memory, whatever the number of cases
 
 
-def bootstrap_interval(values, seed=0):
+def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap of the mean over cases: 95 % interval, 10,000 resamples.
 
     Args:
@@ -21,7 +24,7 @@ def bootstrap_interval(values, seed=0):
     return _interval(_resampled_means(_finite(values), seed))
 
 
-def t_interval(values):
+def t_interval(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """Mean over repeated trainings with its 95 % interval by Student's t.
 
     For few values that are spread about normally, as scores of trainings are: of 3 a bootstrap
@@ -34,17 +37,19 @@ def t_interval(values):
       NaN for the mean of none, for sd and interval of fewer than 2.
     Reference: Student 1908, doi:10.2307/2331554.
     """
-    values = _finite(values)
-    num = values.size
-    mean = float(values.mean()) if num else float("nan")
+    finite = _finite(values)
+    num = finite.size
+    mean = float(finite.mean()) if num else float("nan")
     sd = half = float("nan")
     if num > 1:
-        sd = float(values.std(ddof=1))
+        sd = float(finite.std(ddof=1))
         half = float(stats.t.ppf((1 + LEVEL) / 2, num - 1)) * sd / num**0.5
     return {"mean": mean, "sd": sd, "interval": (mean - half, mean + half), "num": num}
 
 
-def paired_bootstrap(a, b, seed=0):
+def paired_bootstrap(
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, seed: int = 0
+) -> dict[str, Any]:
     """Mean difference a - b of two models over the same cases, by resampling cases.
 
     p is two-sided: twice the smaller share of resampled means at or beyond 0, at most 1, with the
@@ -74,7 +79,7 @@ def paired_bootstrap(a, b, seed=0):
     }
 
 
-def wilcoxon(a, b):
+def wilcoxon(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Two-sided p of Wilcoxon's signed-rank test on pairs; cases without a difference drop out.
 
     Args:

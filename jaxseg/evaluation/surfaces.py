@@ -20,7 +20,13 @@ _ROUNDING = 1e-6
 LEAF_SIZE = 64
 
 
-def surface_scores(prediction, label, affine, num_classes, tolerance_mm):
+def surface_scores(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    affine: np.ndarray,
+    num_classes: int,
+    tolerance_mm: float,
+) -> dict[str, np.ndarray]:
     """Surface distances of each class.
 
     With the distance of each surface voxel of one to the nearest of the other: hd is the largest,
@@ -43,14 +49,18 @@ def surface_scores(prediction, label, affine, num_classes, tolerance_mm):
     scores = {name: np.full(num_classes, np.nan) for name in ("hd", "hd95", "assd", "nsd")}
     thin = [size == 1 for size in label.shape]
     for index, box in class_boxes(prediction, label, num_classes):
-        surfaces = [_surface(volume[box] == index, thin) for volume in (prediction, label)]
-        distances = surface_distances(*surfaces, affine)
+        predicted, reference = (
+            _surface(volume[box] == index, thin) for volume in (prediction, label)
+        )
+        distances = surface_distances(predicted, reference, affine)
         for name, score in _scores(distances, tolerance_mm).items():
             scores[name][index] = score
     return scores
 
 
-def surface_distances(prediction, reference, affine):
+def surface_distances(
+    prediction: np.ndarray, reference: np.ndarray, affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Distance of each surface voxel to the nearest one of the other surface.
 
     Args:
@@ -73,7 +83,7 @@ def surface_distances(prediction, reference, affine):
             tree = cKDTree(other, leafsize=LEAF_SIZE)
             distance[~shared] = tree.query(own[~shared], workers=-1)[0]
         distances.append(distance)
-    return tuple(distances)
+    return distances[0], distances[1]
 
 
 def _surface(mask, thin):

@@ -1,5 +1,10 @@
 """Scores as text for a terminal."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
 # The scores that are shown together; of the first the interval is shown too.
 TABLES = (
     ("dice", "iou", "precision", "recall"),
@@ -9,7 +14,9 @@ TABLES = (
 )
 
 
-def format_table(summary, class_names):
+def format_table(
+    summary: Mapping[str, Mapping[str, np.ndarray]], class_names: Sequence[str]
+) -> str:
     """Lays out mean ± sd over cases and 95 % intervals, a row per foreground class."""
     tables = []
     for names in TABLES:
@@ -17,7 +24,7 @@ def format_table(summary, class_names):
         if not shown:
             continue
         head, *others = shown
-        columns = [("class", class_names[1:])]
+        columns: list[tuple[str, Iterable[object]]] = [("class", class_names[1:])]
         columns.append((head, _means(summary, head)))
         columns.append(("95 % interval", [_span(i, head) for i in summary[head]["interval"][1:]]))
         columns += [(name, _means(summary, name)) for name in others]
@@ -28,7 +35,7 @@ def format_table(summary, class_names):
     return "\n\n".join(tables)
 
 
-def format_comparison(rows):
+def format_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lays out what `compare` found."""
     return _aligned(
         [

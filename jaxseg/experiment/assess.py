@@ -119,8 +119,10 @@ def _publish(run, state, segmented, calibrated, decisions, members):
 
 
 def _score(run, case_files):
-    labels_and_affine = case_files.read_labels()
-    return scoring.score_case(*labels_and_affine, run.data.num_classes, tolerance_mm=TOLERANCE_MM)
+    prediction, label, affine = case_files.read_labels()
+    return scoring.score_case(
+        prediction, label, affine, run.data.num_classes, tolerance_mm=TOLERANCE_MM
+    )
 
 
 def _draw(run, set_name, files, scores):

@@ -1,27 +1,35 @@
 """From a config to what it describes: network, loss, optimiser, steps. Configs stop here."""
 
+import dataclasses
 import functools
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
 from jaxseg import parallel
+from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.members import members_of
 from jaxseg.inference import whole_volume
 from jaxseg.models.registry import create_model
 from jaxseg.run import weights
+from jaxseg.run.log import Log
 from jaxseg.training import losses, optim, steps, transfer
-from jaxseg.training.state import create_train_states
+from jaxseg.training.state import TrainState, create_train_states
 
 
-def create_model_for(config, num_classes):
+def create_model_for(config: ConfigDict, num_classes: int) -> nn.Module:
     """The network that `config.model` describes."""
     return create_model(config.model.name, num_classes, **config_lib.model_options(config))
 
 
-def margin_of(config):
+def margin_of(config: ConfigDict) -> tuple[int, ...]:
     """Voxels at each side of the patch that the network sees but does not label, one per axis.
 
     Raises:
@@ -45,12 +53,12 @@ def margin_of(config):
     return tuple(n // 2 for n in lost)
 
 
-def loss_fn_for(config):
+def loss_fn_for(config: ConfigDict) -> Callable[..., jax.Array]:
     """The loss that `config.loss` names."""
     return losses.LOSSES[config.loss.name]
 
 
-def create_tx(config):
+def create_tx(config: ConfigDict) -> optax.GradientTransformation:
     """The optimiser that `config.optim` describes, for a learning rate of 1."""
     schedule = optim.create_schedule(
         config.optim.schedule,
@@ -68,7 +76,13 @@ def create_tx(config):
     )
 
 
-def create_members(config, model, tx, image_shape, log=None):
+def create_members(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    log: Log | None = None,
+) -> tuple[TrainState, jax.Array, jax.Array]:
     """Fresh members, stacked where there are several.
 
     Args:
@@ -97,14 +111,16 @@ def create_members(config, model, tx, image_shape, log=None):
     )
 
 
-def check_initial_weights(config):
+def check_initial_weights(config: ConfigDict) -> None:
     """Raises WeightsProblem if there is nothing where `config.init` looks for weights."""
     path = os.path.expanduser(config.init.checkpoint)
     if path and not os.path.exists(path):
         weights.read_weights(path)
 
 
-def load_initial_weights(config, states, log):
+def load_initial_weights(
+    config: ConfigDict, states: Sequence[TrainState], log: Log
+) -> list[TrainState]:
     """Puts the weights that `config.init` names into fresh TrainStates; says what fitted.
 
     Raises:
@@ -115,12 +131,18 @@ def load_initial_weights(config, states, log):
     for state in states:
         target = {"params": state.params, "batch_stats": state.batch_stats}
         variables, report = transfer.adapt(source, target, strict=config.init.strict)
-        loaded.append(state.replace(**variables))
+        loaded.append(dataclasses.replace(state, **variables))
     log.text(f"weights from {config.init.checkpoint}\n{report}")
     return loaded
 
 
-def create_recipe(config, plan, class_names, margin, **options):
+def create_recipe(
+    config: ConfigDict,
+    plan: Plan,
+    class_names: Sequence[str],
+    margin: tuple[int, ...],
+    **options: Any,
+) -> whole_volume.Recipe:
     """How whole volumes are predicted.
 
     Args:
@@ -144,7 +166,7 @@ def create_recipe(config, plan, class_names, margin, **options):
     )
 
 
-def create_layout(config):
+def create_layout(config: ConfigDict) -> parallel.Layout:
     """How devices share the work of a run.
 
     Raises:
@@ -158,7 +180,12 @@ def create_layout(config):
         raise config_lib.ConfigProblems([str(error)]) from None
 
 
-def create_steps(config, model, tx, layout):
+def create_steps(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    layout: parallel.Layout,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The training and the evaluation step, mapped over members and devices.
 
     Args:
@@ -167,19 +194,19 @@ def create_steps(config, model, tx, layout):
       tx: from `create_tx`.
       layout: from `create_layout`.
     """
-    axes = {"axis_name": parallel.AXIS_NAME}
+    axes: dict[str, Any] = {"axis_name": parallel.AXIS_NAME}
     if config.parallel.space > 1:
         axes["space_axis"] = parallel.SPACE_AXIS
     on_devices = {"model": model.clone(**axes), "loss_fn": loss_fn_for(config), **axes}
     virtual_shards = config.parallel.virtual_shards
-    train_step = functools.partial(
+    train_step: Callable[..., Any] = functools.partial(
         steps.train_step,
         tx=tx,
         accumulate_steps=config.optim.accumulate_steps,
         virtual_shards=virtual_shards,
         **(on_devices | {"model": model} if virtual_shards else on_devices),
     )
-    eval_step = functools.partial(steps.eval_step, **on_devices)
+    eval_step: Callable[..., Any] = functools.partial(steps.eval_step, **on_devices)
     if layout.has_members:
         train_step, eval_step = (
             steps.over_members(step, config.ensemble.by) for step in (train_step, eval_step)

@@ -1,6 +1,7 @@
 """Scores a folder of predictions against references, and compares it with a second one."""
 
 import os
+from collections.abc import Sequence
 
 from jaxseg.data.labels import read_label
 from jaxseg.data.nifti import is_nifti
@@ -13,17 +14,17 @@ NUM_WORST = 5
 
 
 def evaluate_folders(
-    predictions,
-    references,
+    predictions: str,
+    references: str,
     *,
-    others=None,
-    label_values=None,
-    class_names=None,
-    tolerance_mm=1.0,
-    lesions=False,
-    subset=False,
-    output=None,
-):
+    others: str | None = None,
+    label_values: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    tolerance_mm: float = 1.0,
+    lesions: bool = False,
+    subset: bool = False,
+    output: str | None = None,
+) -> str:
     """Scores a folder of predictions, and compares it with a second one.
 
     Args:
@@ -78,7 +79,7 @@ def evaluate_folders(
             }
             scoring.save_scores(output, name, scores_of, class_names=class_names, about=about)
     if others is not None:
-        rows = scoring.compare(*found, class_names)
+        rows = scoring.compare(found[0], found[1], class_names)
         sections += [f"{predictions} minus {others}", tables.format_comparison(rows)]
         if output is not None:
             writers.write_json(os.path.join(output, "comparison.json"), rows)

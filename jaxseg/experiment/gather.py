@@ -5,12 +5,14 @@ import functools
 import os
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxseg import parallel
 from jaxseg.data import cases, demo, prepared, splits
 from jaxseg.data.preprocess import Plan
 from jaxseg.data.verify import verify
 from jaxseg.experiment.members import members_of
+from jaxseg.run.log import Log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,36 +28,36 @@ class Data:
     """
 
     dataset: cases.Dataset
-    splits: tuple[dict, ...]
+    splits: tuple[dict[str, list[str]], ...]
     store: prepared.CaseStore
     plan: Plan
     fingerprint: str
 
     @property
-    def split(self):
+    def split(self) -> dict[str, list[str]]:
         """Of the first member."""
         return self.splits[0]
 
-    def cases_of(self, set_name, member=0):
+    def cases_of(self, set_name: str, member: int = 0) -> list[cases.Case]:
         """The cases that are "train", "val" or "test" of a member."""
         chosen = set(self.splits[member][set_name])
         return [case for case in self.dataset.cases if case.case_id in chosen]
 
     @property
-    def num_channels(self):
+    def num_channels(self) -> int:
         return len(self.plan.normalisation)
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return len(self.dataset.class_names)
 
 
-def load_data(config, log):
+def load_data(config: ConfigDict, log: Log) -> Data:
     """Finds the dataset, splits it by subject, prepares it or finds it prepared.
 
     Args:
       config: validated ConfigDict.
-      log: `jaxseg.run.writers.RunLog`.
+      log: where to say what is done.
     Raises:
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
@@ -106,7 +108,7 @@ def _with_content_problems(missing, log):
     return missing
 
 
-def find_dataset(config, cache_dir, log):
+def find_dataset(config: ConfigDict, cache_dir: str, log: Log) -> cases.Dataset:
     """The dataset in `data.dir`, or the demonstration cohort, made in `cache_dir` when missing."""
     if not config.data.dir:
         log.text(
@@ -128,7 +130,7 @@ def find_dataset(config, cache_dir, log):
     )
 
 
-def make_split(config, dataset, fold):
+def make_split(config: ConfigDict, dataset: cases.Dataset, fold: int) -> dict[str, list[str]]:
     """The train, val and test cases that `config.split` asks for."""
     options = config.split.to_dict() | {"fold": fold}
     file, regex = options.pop("file"), options.pop("subject_regex")
@@ -141,7 +143,7 @@ def make_split(config, dataset, fold):
     return splits.split_by_subject(case_ids, subject_of=subject_of, **options)
 
 
-def border_weight_of(config):
+def border_weight_of(config: ConfigDict) -> dict[str, float] | None:
     """Options of the border-weight map, or None when it is not wanted."""
     weight = config.loss.border_weight
     return {"w0": weight.w0, "sigma": weight.sigma_voxels} if weight.w0 > 0 else None

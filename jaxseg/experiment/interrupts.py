@@ -3,6 +3,8 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,16 +15,16 @@ class StopRequest:
 
     signal = 0
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> int:
         return self.signal
 
-    def set(self, number, frame):
+    def set(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         signal.signal(number, signal.default_int_handler)  # a second one does not wait
 
 
 @contextlib.contextmanager
-def stop_requests():
+def stop_requests() -> Iterator[Callable[[int], int]]:
     """Turns SIGTERM and Ctrl-C into a request to stop after the current step.
 
     Yields:

@@ -1,6 +1,8 @@
 """What the members of a run are worth, each alone, and what they say of the recipe they share."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,24 +10,31 @@ from jaxseg import geometry
 from jaxseg.data.images import read_image
 from jaxseg.data.labels import read_label
 from jaxseg.evaluation import metrics, statistics
-from jaxseg.experiment.members import member_alone
+from jaxseg.experiment.members import Member, member_alone
+from jaxseg.experiment.segmented import CaseFiles
+from jaxseg.experiment.setup import Run
 from jaxseg.inference import postprocess
 from jaxseg.run.writers import json_ready
 
+# Scores of one member: by case id a dict from a score's name to [K] float64.
+Scores = dict[str, dict[str, np.ndarray]]
 
-def score_members(run, variables, set_name, steps):
+
+def score_members(
+    run: Run, variables: Any, set_name: str, steps: Sequence[dict[str, Any]]
+) -> list[Scores]:
     """Dice of every member alone on the same cases.
 
     Args:
-      run: `jaxseg.experiment.train.Run`.
-      variables: from `predictor.member_weights`.
+      run: what has been trained.
+      variables: from `member_weights`.
       set_name: "val" or "test".
       steps: post-processing.
     Returns:
       For each member a dict from case id to {"dice": [K] float64}.
     """
     alone = [member_alone(variables, index) for index in range(len(run.members))]
-    scores_of = [{} for _ in alone]
+    scores_of: list[Scores] = [{} for _ in alone]
     title = f"scoring each member on {set_name} cases"
     for case in run.log.progress(run.data.cases_of(set_name), title=title):
         image, affine = read_image(case.image_path)
@@ -38,7 +47,7 @@ def score_members(run, variables, set_name, steps):
     return scores_of
 
 
-def scores_by_fold(run, files):
+def scores_by_fold(run: Run, files: Sequence[CaseFiles]) -> list[Scores]:
     """As `score_members`, of what each fold's member has predicted of its own fold."""
     by_id = {case_files.case.case_id: case_files for case_files in files}
     return [
@@ -50,19 +59,25 @@ def scores_by_fold(run, files):
     ]
 
 
-def best_member(scores_of_members):
+def best_member(scores_of_members: Sequence[Scores]) -> int:
     """Index of the member with the best mean Dice; the first if none has one."""
     dice = [metrics.mean_dice(scores.values()) for scores in scores_of_members]
     return int(np.argmax(np.nan_to_num(dice, nan=-1.0)))
 
 
-def summarise_members(kind, set_name, members, scores_of_members, chosen=None):
+def summarise_members(
+    kind: str,
+    set_name: str,
+    members: Sequence[Member],
+    scores_of_members: Sequence[Scores],
+    chosen: int | None = None,
+) -> dict[str, Any]:
     """What the members of a run say of the recipe that they share.
 
     Args:
       kind: "seeds", "folds" or "rates".
       set_name: that they were scored on.
-      members: `jaxseg.experiment.build.Member` of each.
+      members: Member of each.
       scores_of_members: as from `score_members`.
       chosen: index of the member that is the result; None where they are averaged.
     Returns:
@@ -81,12 +96,12 @@ def summarise_members(kind, set_name, members, scores_of_members, chosen=None):
                 "dice_by_class": by_class.tolist(),
             }
         )
-    found = {"kind": kind, "set": set_name, "chosen": chosen, "members": rows}
+    found: dict[str, Any] = {"kind": kind, "set": set_name, "chosen": chosen, "members": rows}
     if kind != "rates":  # which are no repetitions of one thing
-        by_class = zip(*(row["dice_by_class"] for row in rows), strict=True)
+        of_classes = zip(*(row["dice_by_class"] for row in rows), strict=True)
         found["summary"] = {
             "dice": statistics.t_interval([row["dice"] for row in rows]),
-            "dice_by_class": [statistics.t_interval(values) for values in by_class],
+            "dice_by_class": [statistics.t_interval(values) for values in of_classes],
         }
     return json_ready(found)
 

@@ -1,8 +1,12 @@
 """The networks that one run trains together: what tells them apart, and one of them alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
+
+from jaxseg.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Member:
     learning_rate: float
 
 
-def kind_of_members(config):
+def kind_of_members(config: ConfigDict) -> str:
     """Why a run has several members: "seeds", "folds" or "rates"; "single" if it has one."""
     if config.ensemble.size > 1:
         return "seeds"
@@ -29,7 +33,7 @@ def kind_of_members(config):
     return "rates" if isinstance(config.optim.learning_rate, list | tuple) else "single"
 
 
-def members_of(config):
+def members_of(config: ConfigDict) -> tuple[Member, ...]:
     """The members that one run trains, as a tuple; each is what that run alone would train."""
     seed, fold, rate = config.seed, config.split.fold, config.optim.learning_rate
     if config.ensemble.folds:
@@ -40,7 +44,7 @@ def members_of(config):
     )
 
 
-def member_weights(state, num_members):
+def member_weights(state: TrainState, num_members: int) -> dict[str, Any]:
     """The weights of a TrainState as `program` takes them.
 
     Args:
@@ -53,6 +57,6 @@ def member_weights(state, num_members):
     return variables if num_members > 1 else jax.tree.map(lambda x: x[None], variables)
 
 
-def member_alone(variables, index):
+def member_alone(variables: Any, index: int) -> Any:
     """One of several sets of weights, leaves [M, ...], as an ensemble of one."""
     return jax.tree.map(lambda x: x[index : index + 1], variables)

@@ -9,6 +9,9 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from safetensors.numpy import save_file
 
 from jaxseg import geometry
 from jaxseg.data.images import read_image
-from jaxseg.experiment.predictor import load_predictor
+from jaxseg.experiment.predictor import Predictor, load_predictor
 from jaxseg.inference import resampling, whole_volume
 from jaxseg.problem import Problem
 from jaxseg.run import writers
@@ -32,7 +35,9 @@ class ExportProblem(Problem, ValueError):
     """An exported file can not be used; the message names it and says how to mend it."""
 
 
-def export_predictor(predictor, box, grid_box):
+def export_predictor(
+    predictor: Predictor, box: tuple[int, ...], grid_box: tuple[int, ...]
+) -> bytes:
     """Turns a predictor into bytes that need nothing of this package.
 
     Args:
@@ -74,7 +79,7 @@ def _segment(variables, recipe, grid_box, volumes, sizes, grids):
     return jax.lax.map(segment_one, (volumes, sizes, grids))
 
 
-def load_exported(path):
+def load_exported(path: str | Path) -> tuple[dict[str, Any], Callable[..., Any]]:
     """Reads what `export_predictor` made.
 
     Returns:
@@ -103,7 +108,7 @@ def load_exported(path):
         ) from error
 
 
-def save_weights(path, predictor, workdir):
+def save_weights(path: str, predictor: Predictor, workdir: str) -> None:
     """Writes weights by name, with "memberN/" before it if there are several members.
 
     Args:
@@ -126,7 +131,7 @@ def save_weights(path, predictor, workdir):
         save_file(arrays, temporary, metadata)
 
 
-def export(workdirs, like, folder, *, mirror=False):
+def export(workdirs: Sequence[str], like: str, folder: str, *, mirror: bool = False) -> str:
     """Writes `predictor.jaxseg` and `weights.safetensors`.
 
     Args:

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +15,7 @@ from tqdm import tqdm
 from jaxseg.data.images import read_image, write_map
 from jaxseg.data.labels import write_label
 from jaxseg.data.nifti import is_nifti
-from jaxseg.data.predictions import Records, find_images, state_of
+from jaxseg.data.predictions import ImageCase, Records, find_images, state_of
 from jaxseg.experiment.predictor import check_image, load_predictor, segment
 from jaxseg.problem import Problem
 
@@ -23,18 +25,21 @@ LOG_NAME = "predict.log"
 class Job:
     """A case on its way from file to files; holds no array for longer than it is needed."""
 
-    def __init__(self, case):
+    image: np.ndarray | None = None
+    affine: np.ndarray | None = None
+    results: dict[str, np.ndarray] | None = None
+    trace = ""
+
+    def __init__(self, case: ImageCase):
         self.case = case
-        self.record = {"file": case.path, "seconds": {}}
-        self.image = self.affine = self.results = None
-        self.trace = ""
+        self.record: dict[str, Any] = {"file": case.path, "seconds": {}}
 
     @property
-    def failed(self):
+    def failed(self) -> bool:
         return "error" in self.record
 
     @contextlib.contextmanager
-    def stage(self, name):
+    def stage(self, name: str) -> Iterator[None]:
         """Times a stage and keeps its failure, so that other cases go on."""
         start = time.monotonic()
         try:
@@ -47,7 +52,15 @@ class Job:
         self.record["seconds"][name] = round(time.monotonic() - start, 3)
 
 
-def predict(workdirs, input_path, folder, *, outputs=("label",), mirror=False, recursive=False):
+def predict(
+    workdirs: Sequence[str],
+    input_path: str,
+    folder: str,
+    *,
+    outputs: Sequence[str] = ("label",),
+    mirror: bool = False,
+    recursive: bool = False,
+) -> tuple[int, int, dict[str, str]]:
     """Segments the images that are not done yet.
 
     Args:

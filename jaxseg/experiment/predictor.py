@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,14 +49,16 @@ class Predictor:
     class_names: tuple[str, ...]
     label_values: tuple[int, ...] | None
     num_channels: int
-    steps: list
+    steps: list[dict[str, Any]]
     recipe: whole_volume.Recipe
     variables: Any
-    segment_fn: Any
+    segment_fn: whole_volume.SegmentFn
     identity: str
 
 
-def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
+def load_predictor(
+    workdirs: Sequence[str], *, mirror: bool = False, outputs: Sequence[str] = ("label",)
+) -> Predictor:
     """Restores what runs left behind.
 
     Args:
@@ -113,7 +116,7 @@ def load_predictor(workdirs, *, mirror=False, outputs=("label",)):
     )
 
 
-def check_image(predictor, image, affine):
+def check_image(predictor: Predictor, image: np.ndarray, affine: np.ndarray) -> list[str]:
     """Compares an image with those that the networks were trained on.
 
     Args:
@@ -132,7 +135,7 @@ def check_image(predictor, image, affine):
     return unlike_training(predictor.plan, image, affine)
 
 
-def unlike_training(plan, image, affine):
+def unlike_training(plan: Plan, image: np.ndarray, affine: np.ndarray) -> list[str]:
     """Reasons that an image on its own grid is unlike those that the plan was made from."""
     image, affine = geometry.to_canonical(image, affine)
     spacing_mm = geometry.spacing_mm_from_affine(affine)
@@ -140,7 +143,7 @@ def unlike_training(plan, image, affine):
     return familiarity.unlike_reasons(features, plan.typical)
 
 
-def segment(predictor, image, affine):
+def segment(predictor: Predictor, image: np.ndarray, affine: np.ndarray) -> dict[str, np.ndarray]:
     """Segments one image.
 
     Args:

@@ -1,17 +1,21 @@
 """Replays a run from its settings and says where it first differs."""
 
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxseg import config as config_lib
 from jaxseg import parallel
 from jaxseg.experiment import build, gather
+from jaxseg.experiment.gather import Data
 from jaxseg.experiment.setup import check_batch_size, create_run, training_batches
 from jaxseg.problem import Problem
 from jaxseg.run import identity
-from jaxseg.run.log import TRACE_NAME, SilentLog, read_trace, trace_row
+from jaxseg.run.log import TRACE_NAME, Log, SilentLog, read_trace, trace_row
 
 # In the order in which one follows from the other.
 COMPARED = ("batch", "loss", "grad_norm", "params")
@@ -21,7 +25,7 @@ class ReproduceProblem(Problem, ValueError):
     """The run can not be replayed; the message says why."""
 
 
-def reproduce(workdir, num_steps=None, *, say):
+def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str], None]) -> bool:
     """Replays the first steps of a run up to one that differs.
 
     Args:
@@ -63,7 +67,7 @@ def reproduce(workdir, num_steps=None, *, say):
     return True
 
 
-def replay(config, data, log, num_steps):
+def replay(config: ConfigDict, data: Data, log: Log, num_steps: int) -> Iterator[dict[str, Any]]:
     """Trains from the beginning, and writes nothing.
 
     Args:
@@ -85,7 +89,7 @@ def replay(config, data, log, num_steps):
         yield trace_row(step, jax.device_get(step_metrics))
 
 
-def differences(recorded, replayed):
+def differences(recorded: dict[str, Any], replayed: dict[str, Any]) -> list[str]:
     """What differs between two rows of `jaxseg.run.log.trace_row`, as lines."""
     lines = []
     for name in COMPARED:

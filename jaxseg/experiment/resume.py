@@ -2,13 +2,17 @@
 
 import json
 import os
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
+from jaxseg.experiment.gather import Data
 from jaxseg.experiment.setup import RunProblem
 from jaxseg.run import writers
 
 
-def refuse_another_experiment(workdir, config):
+def refuse_another_experiment(workdir: str, config: ConfigDict) -> None:
     """Raises RunProblem if the saved run in `workdir` has another config."""
     with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
         changes = config_lib.differences(file.read(), config_lib.to_json(config))
@@ -16,7 +20,7 @@ def refuse_another_experiment(workdir, config):
         raise RunProblem(_another_run(workdir, changes))
 
 
-def refuse_other_data(workdir, data):
+def refuse_other_data(workdir: str, data: Data) -> None:
     """Raises RunProblem if the saved run in `workdir` was trained on other data."""
     with open(os.path.join(workdir, "data.json"), encoding="utf-8") as file:
         saved = json.load(file)
@@ -26,7 +30,7 @@ def refuse_other_data(workdir, data):
         raise RunProblem(_another_run(workdir, changes))
 
 
-def describe_data(data):
+def describe_data(data: Data) -> dict[str, Any]:
     """What a model must know of the data it was trained on, JSON-ready."""
     return writers.json_ready(
         {

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from jaxseg.data.labels import read_label, write_label
 from jaxseg.data.nifti import is_nifti
 from jaxseg.experiment.members import member_alone
 from jaxseg.experiment.predictor import unlike_training
+from jaxseg.experiment.setup import Run
 from jaxseg.inference import postprocess, whole_volume
 
 # Enough voxels of a set to measure its calibration.
@@ -32,12 +35,14 @@ class CaseFiles:
     prediction_path: str
     label_values: tuple[int, ...] | None
 
-    def read_labels(self):
+    def read_labels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (prediction, reference, affine); labels are [X, Y, Z] uint8."""
         prediction, _ = read_label(self.prediction_path, self.label_values)
         return prediction, *read_label(self.case.label_path, self.label_values)
 
-    def read_canonical(self):
+    def read_canonical(
+        self,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """Returns (image, reference, prediction, spacing_mm or None) in RAS+ axes."""
         image, affine = read_image(self.case.image_path)
         prediction, reference, _ = self.read_labels()
@@ -71,21 +76,21 @@ class SegmentedSet:
 class ValidationCases:
     """(prediction, reference, spacing_mm) of cases, read again whenever they are iterated over."""
 
-    def __init__(self, files):
+    def __init__(self, files: Sequence[CaseFiles]):
         self._files = files
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         for case_files in self._files:
             prediction, reference, affine = case_files.read_labels()
             yield prediction, reference, geometry.spacing_mm_from_affine(affine)
 
 
-def together(run, variables, set_name):
+def together(run: Run, variables: Any, set_name: str) -> list[tuple[Any, Case]]:
     """What to predict of a set with which weights: every case with all of them."""
     return [(variables, case) for case in run.data.cases_of(set_name)]
 
 
-def folds_apart(run, variables):
+def folds_apart(run: Run, variables: Any) -> list[tuple[Any, Case]]:
     """As `together` of the validation cases, but each fold's with the member that it validates."""
     return [
         (alone, case)
@@ -95,11 +100,13 @@ def folds_apart(run, variables):
     ]
 
 
-def segment_set(run, work, set_name, steps):
+def segment_set(
+    run: Run, work: Sequence[tuple[Any, Case]], set_name: str, steps: Sequence[dict[str, Any]]
+) -> SegmentedSet:
     """Predicts whole cases and writes them to a folder of the set's name.
 
     Args:
-      run: `jaxseg.experiment.train.Run`.
+      run: what has been trained.
       work: (variables, case) of each case, from `together` or `folds_apart`.
       set_name: "val" or "test".
       steps: post-processing.

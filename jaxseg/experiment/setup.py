@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,11 +13,12 @@ from jaxseg import parallel
 from jaxseg.data import pipeline
 from jaxseg.experiment import build
 from jaxseg.experiment.gather import Data
-from jaxseg.experiment.members import Member
+from jaxseg.experiment.members import Member, members_of
 from jaxseg.inference import whole_volume
 from jaxseg.models.summary import summarise_model
 from jaxseg.problem import Problem
 from jaxseg.run.log import Log
+from jaxseg.training.state import TrainState
 
 
 class RunProblem(Problem, RuntimeError):
@@ -57,12 +58,12 @@ class Run:
     manager: Any = None
 
 
-def workdir_of(config):
+def workdir_of(config: ConfigDict) -> str:
     """The run's folder as an absolute path."""
     return os.path.abspath(os.path.expanduser(config.workdir or os.path.join("runs", config.name)))
 
 
-def check_batch_size(config, layout):
+def check_batch_size(config: ConfigDict, layout: parallel.Layout) -> None:
     """Raises RunProblem if the devices can not share the batch."""
     num_parts, virtual_shards = layout.num_batch_parts, config.parallel.virtual_shards
     if virtual_shards and (virtual_shards % num_parts or num_parts & (num_parts - 1)):
@@ -79,7 +80,7 @@ def check_batch_size(config, layout):
         )
 
 
-def create_run(config, data, log, *, fresh):
+def create_run(config: ConfigDict, data: Data, log: Log, *, fresh: bool) -> tuple[Run, TrainState]:
     """Makes all that training needs, but a folder to write to.
 
     Args:
@@ -100,7 +101,7 @@ def create_run(config, data, log, *, fresh):
     )
     log.text(summarise_model(model, image_shape))
     counts = ", ".join(f"{len(case_ids)} {name}" for name, case_ids in data.split.items())
-    members = build.members_of(config)
+    members = members_of(config)
     several = f"{len(members)} members; " if len(members) > 1 else ""
     log.text(
         f"{several}{counts} cases; {jax.device_count()} {jax.default_backend()} device(s) of "
@@ -131,7 +132,7 @@ def create_run(config, data, log, *, fresh):
     return run, state
 
 
-def training_batches(run, first_step, num_steps):
+def training_batches(run: Run, first_step: int, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of the batches of all members, on the host.
 
     Leaves have a leading axis of members where there are several. Members with the same seed and
@@ -140,7 +141,7 @@ def training_batches(run, first_step, num_steps):
     return _member_batches(run, "train", first_step, num_steps, run.config.augment.to_dict())
 
 
-def validation_batches(run):
+def validation_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
     """Patches drawn as for training but not augmented, about four of each validation case.
 
     They are the same at every evaluation, so that their loss can be compared.

@@ -5,9 +5,12 @@ import dataclasses
 import json
 import os
 import signal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
 from jaxseg import parallel
@@ -22,6 +25,7 @@ from jaxseg.experiment.resume import (
     refuse_other_data,
 )
 from jaxseg.experiment.setup import (
+    Run,
     RunProblem,
     check_batch_size,
     create_run,
@@ -31,11 +35,12 @@ from jaxseg.experiment.setup import (
 )
 from jaxseg.experiment.validate import of_finite, validate
 from jaxseg.run import checkpoint, identity, writers
-from jaxseg.run.log import RunLog, SilentLog, StepProgress, trace_row, without_lists
+from jaxseg.run.log import Log, RunLog, SilentLog, StepProgress, trace_row, without_lists
 from jaxseg.run.ownership import owning
+from jaxseg.training.state import TrainState
 
 
-def train(config):
+def train(config: ConfigDict) -> int | None:
     """Trains, or goes on training, and evaluates.
 
     Args:
@@ -64,7 +69,7 @@ def train(config):
         try:
             if manager.latest_step() is not None:
                 refuse_another_experiment(workdir, config)
-            log = RunLog(workdir) if is_first else SilentLog()
+            log: Log = RunLog(workdir) if is_first else SilentLog()
             with contextlib.closing(log):
                 return _train(config, workdir, manager, log)
         finally:
@@ -85,8 +90,8 @@ def _train(config, workdir, manager, log):
     run, state = create_run(config, data, log, fresh=is_new)
     run = dataclasses.replace(run, workdir=workdir, manager=manager)
     first_step = 0
-    if not is_new:
-        first_step, state = checkpoint.restore_latest(manager, state, log_text=log.text)
+    if restored := checkpoint.restore_latest(manager, state, log_text=log.text):
+        first_step, state = restored
         log.text(f"resuming at step {first_step}")
     log.start_at(first_step)
     if jax.process_index() == 0:
@@ -103,7 +108,9 @@ def _train(config, workdir, manager, log):
     return None
 
 
-def fit(run, state, first_step, stop_at):
+def fit(
+    run: Run, state: TrainState, first_step: int, stop_at: Callable[[int], int]
+) -> tuple[TrainState, int]:
     """Trains from `first_step` to the last step, or until asked to stop; saves on the way.
 
     Args:
@@ -159,7 +166,9 @@ def fit(run, state, first_step, stop_at):
     return state, stopping
 
 
-def mean_metrics(values, last_step, *, enough=np.all):
+def mean_metrics(
+    values: Sequence[dict[str, Any]], last_step: int, *, enough: Callable[..., Any] = np.all
+) -> dict[str, Any]:
     """Means over steps, and over members; of several members also each one's loss.
 
     Args:
@@ -186,7 +195,7 @@ def mean_metrics(values, last_step, *, enough=np.all):
     return means
 
 
-def save(run, step, state, scores):
+def save(run: Run, step: int, state: TrainState, scores: dict[str, Any] | None) -> None:
     """Saves a checkpoint with all that is needed to use it; `scores` is None if not evaluated."""
     checkpoint.save(
         run.manager,
@@ -199,7 +208,7 @@ def save(run, step, state, scores):
     )
 
 
-def state_to_evaluate(run, state):
+def state_to_evaluate(run: Run, state: TrainState) -> TrainState:
     """The last state or, if test cases will judge it, the one with the best validation Dice."""
     best_step = run.manager.best_step()
     if not run.data.split["test"] or best_step == run.config.train.num_steps:

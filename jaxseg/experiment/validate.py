@@ -1,5 +1,8 @@
 """What a network is worth while it trains: loss over patches, Dice over whole cases."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -8,9 +11,11 @@ from jaxseg.data.images import read_image
 from jaxseg.data.labels import read_label
 from jaxseg.evaluation import metrics
 from jaxseg.experiment.members import kind_of_members, member_alone, member_weights
+from jaxseg.experiment.setup import Run
+from jaxseg.training.state import TrainState
 
 
-def validate(run, state, val_batches):
+def validate(run: Run, state: TrainState, val_batches: Iterable[Any]) -> dict[str, Any]:
     """Mean loss over validation patches, and mean Dice over whole cases on their own grid.
 
     Of several members these are means too, or of learning rates those of the best; each one's are
@@ -41,7 +46,7 @@ def validate(run, state, val_batches):
     }
 
 
-def validation_dice(run, variables, member):
+def validation_dice(run: Run, variables: Any, member: int) -> float:
     """Mean Dice of a member, weights as for `run.segment_fn`, over its whole validation cases."""
     cases = run.data.cases_of("val", member)
     rank, num_processes = jax.process_index(), jax.process_count()
@@ -57,7 +62,7 @@ def validation_dice(run, variables, member):
     return metrics.mean_dice({"dice": row} for row in everywhere[owners, np.arange(len(cases))])
 
 
-def of_finite(function, values):
+def of_finite(function: Callable[[list[float]], Any], values: Iterable[float]) -> float:
     """What the function makes of those values that are finite; NaN if none is."""
     finite = [value for value in values if np.isfinite(value)]
     return float(function(finite)) if finite else float("nan")

@@ -4,6 +4,8 @@ Both explain one class: the sum of its logits over the voxels that the network g
 gives none there is nothing to explain and the map is 0. They run inside jit, in 2D and 3D.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ from jaxseg.models.blocks import Norm, crop_to
 _GROWTH = 960
 
 
-def grad_cam(model, variables, image, class_index, layer="encoder"):
+def grad_cam(
+    model: nn.Module, variables: Any, image: jax.Array, class_index: int, layer: str = "encoder"
+) -> jax.Array:
     """Regions whose features speak for a class (Seg-Grad-CAM).
 
     relu(Σ_k a_k A_k) over the channels A_k of a layer's map, where a_k is the mean over the map of
@@ -63,7 +67,9 @@ def grad_cam(model, variables, image, class_index, layer="encoder"):
     return _place(heat, larger_map.shape[1:-1], spatial, logits.shape[1:-1])
 
 
-def integrated_gradients(model, variables, image, class_index, num_steps=16):
+def integrated_gradients(
+    model: nn.Module, variables: Any, image: jax.Array, class_index: int, num_steps: int = 16
+) -> jax.Array:
     """How much each voxel adds to a class, compared with an image of zeros, the mean.
 
     x ∫ dF(a x)/dx da for a from 0 to 1, summed over channels. F is the sum explained for x itself,
@@ -181,8 +187,8 @@ def _place(heat, larger_map, image_shape, logits_shape):
         start = 0 if 0 <= overhang < stride else -overhang / 2
         scales.append(stride)
         shifts.append(start - (voxels - labelled) / 2)
-    scales, shifts = jnp.array(scales, jnp.float32), jnp.array(shifts, jnp.float32)
+    scale, translation = jnp.array(scales, jnp.float32), jnp.array(shifts, jnp.float32)
     shape, axes = (heat.shape[0], *logits_shape), range(1, heat.ndim)
     return jax.image.scale_and_translate(
-        heat, shape, axes, scales, shifts, "linear", antialias=False
+        heat, shape, axes, scale, translation, "linear", antialias=False
     )

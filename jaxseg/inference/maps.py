@@ -4,13 +4,17 @@ A member is one set of weights that sees the patch mirrored in one way. Maps are
 be blended and interpolated: mean logits first, then what further outputs need.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxseg.inference import explain
 
-EXPLANATIONS = {
+EXPLANATIONS: dict[str, Callable[[nn.Module, Any, jax.Array, int], jax.Array]] = {
     "grad_cam": explain.grad_cam,
     "integrated_gradients": explain.integrated_gradients,
 }
@@ -18,7 +22,16 @@ SPREAD = ("entropy", "mutual_information")
 SAMPLED_COLUMNS = 16
 
 
-def patch_maps(model, variables, images, *, mirror_axes, outputs, temperature, class_names):
+def patch_maps(
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+    *,
+    mirror_axes: Sequence[int],
+    outputs: Sequence[str],
+    temperature: float,
+    class_names: Sequence[str],
+) -> jax.Array:
     """Maps of a batch of patches.
 
     Args:
@@ -85,7 +98,9 @@ def _mean_over(function, number):
     return total / number
 
 
-def voxel_outputs(maps, *, num_classes, outputs, temperature):
+def voxel_outputs(
+    maps: jax.Array, *, num_classes: int, outputs: Sequence[str], temperature: float
+) -> dict[str, jax.Array]:
     """What is written of each voxel.
 
     Args:
@@ -117,11 +132,11 @@ def voxel_outputs(maps, *, num_classes, outputs, temperature):
     return {name: made[name] for name in outputs}
 
 
-def sample_stride(num_columns):
+def sample_stride(num_columns: int) -> int:
     """Distance between the columns of a "sample" of an array of so many."""
     return max(num_columns // SAMPLED_COLUMNS, 1)
 
 
-def entropy(probs):
+def entropy(probs: jax.Array) -> jax.Array:
     """Entropy over the last axis, in nats."""
     return -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1)

@@ -1,12 +1,17 @@
 """Intensities on the network's scale, for arrays that may be larger than the volume in them."""
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxseg.inference.resampling import voxels_inside
 
 
-def normalise(image, size, statistics):
+def normalise(
+    image: jax.Array, size: jax.Array, statistics: Sequence[Sequence[float]]
+) -> jax.Array:
     """Brings intensities to the network's scale, as `data.preprocess` does.
 
     Args:

@@ -20,6 +20,8 @@ pictures and single slices are treated in their plane.
 
 import inspect
 import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -40,7 +42,9 @@ _BLOCK = 64  # voxels along each axis that are blurred or measured at once
 _LARGEST = {"min_volume_mm3": 1e9, "radius_mm": 50.0, "sigma_mm": 50.0}
 
 
-def apply_steps(label, spacing_mm, steps):
+def apply_steps(
+    label: np.ndarray, spacing_mm: Sequence[float] | np.ndarray, steps: Iterable[Mapping[str, Any]]
+) -> np.ndarray:
     """Post-processes one label.
 
     Args:
@@ -58,7 +62,7 @@ def apply_steps(label, spacing_mm, steps):
     return label
 
 
-def check_steps(steps, num_classes):
+def check_steps(steps: Any, num_classes: int) -> None:
     """Refuses steps, as read from a file, that `apply_steps` could not take.
 
     Args:
@@ -76,7 +80,7 @@ def check_steps(steps, num_classes):
             raise ValueError(f"post-processing step {step!r}: {problem}")
 
 
-def candidate_steps(num_classes):
+def candidate_steps(num_classes: int) -> list[dict[str, Any]]:
     """The steps that `choose_steps` tries, in order: gross mistakes first, outlines last.
 
     Args:
@@ -94,7 +98,9 @@ def candidate_steps(num_classes):
     return [step | {"classes": classes} for step in steps]
 
 
-def choose_steps(cases, num_classes):
+def choose_steps(
+    cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float] | np.ndarray]], num_classes: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Chooses steps greedily: one is kept if the mean Dice of the cases rises.
 
     A candidate that helps some classes alone is measured again on those whose own mean Dice rose.
@@ -112,7 +118,8 @@ def choose_steps(cases, num_classes):
       ValueError: There is no case.
     Reference: nnU-Net (Isensee et al. 2021) tries its keep_largest in the same way.
     """
-    kept, decisions = [], []
+    kept: list[dict[str, Any]] = []
+    decisions: list[dict[str, Any]] = []
     by_class, before = _measure(cases, num_classes, kept)
     for step in candidate_steps(num_classes):
         new_by_class, after = _measure(cases, num_classes, [*kept, step])
@@ -233,7 +240,7 @@ def _smooth(label, spacing_mm, classes, sigma_mm):
             label[block] = np.where(np.isin(part, [0, *classes]), smoothed, part)[inner]
 
 
-_STEPS = {
+_STEPS: dict[str, Callable[..., None]] = {
     "keep_largest": _keep_largest,
     "remove_small": _remove_small,
     "fill_holes": _fill_holes,

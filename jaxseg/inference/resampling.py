@@ -6,7 +6,9 @@ serves many volumes; what lies beyond the size has no influence.
 """
 
 import math
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,17 +18,17 @@ BUCKET = 64
 SPLINE_REACH = 16
 
 
-def bucket(size):
+def bucket(size: int) -> int:
     """The array size that volumes of about this size share: a multiple of 64, or 1."""
     return size if size == 1 else -(-size // BUCKET) * BUCKET
 
 
-def box_of(shape):
+def box_of(shape: Sequence[int]) -> tuple[int, ...]:
     """The array shape that volumes of about this shape share."""
     return tuple(map(bucket, shape))
 
 
-def boxed(volume):
+def boxed(volume: np.ndarray) -> np.ndarray:
     """Puts a volume into an array of the shape that volumes like it share; NumPy, on the host.
 
     Args:
@@ -39,13 +41,15 @@ def boxed(volume):
     return box
 
 
-def voxels_inside(box, size):
+def voxels_inside(box: Sequence[int], size: jax.Array) -> jax.Array:
     """Which voxels of an array of spatial shape `box` belong to a volume of `size`, bool."""
     first, second, third = (jnp.arange(n) < size[axis] for axis, n in enumerate(box))
     return first[:, None, None] & second[:, None] & third
 
 
-def neighbours(target, size, source_size):
+def neighbours(
+    target: jax.Array, size: jax.Array, source_size: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Where a voxel of the source grid lies on the network's grid of the same extent.
 
     Args:
@@ -60,7 +64,9 @@ def neighbours(target, size, source_size):
     return lower, jnp.minimum(lower + 1, size - 1), fraction
 
 
-def interpolation_matrix(size, source_size, capacity, source_capacity, order):
+def interpolation_matrix(
+    size: jax.Array, source_size: jax.Array, capacity: int, source_capacity: int, order: int
+) -> jax.Array:
     """Resampling along one axis, as a matrix; rows are what `geometry.resample_to_shape` does.
 
     Args:
@@ -116,7 +122,9 @@ def _cubic(distance):
 _KERNELS = {1: _linear, 3: _cubic}
 
 
-def resample(volume, source_size, size, box, order):
+def resample(
+    volume: jax.Array, source_size: jax.Array, size: jax.Array, box: Sequence[int], order: int
+) -> jax.Array:
     """Interpolates a volume on the network's grid, one slice at a time.
 
     Args:

@@ -9,7 +9,7 @@ Sizes are as in `resampling`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from jax import lax
 
 from jaxseg.geometry import mirrored
 from jaxseg.inference.resampling import BUCKET, neighbours
+
+# From patches to their maps, and from a slice of maps to outputs by name: see `predict_volume`.
+PatchFn = Callable[[jax.Array], jax.Array]
+EmitFn = Callable[[jax.Array], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,23 +34,25 @@ class Tiling:
       batch_size: tiles per call of the network.
     """
 
-    patch: tuple[int, int, int]
-    margin: tuple[int, int, int]
-    step: tuple[int, int, int]
+    patch: tuple[int, ...]
+    margin: tuple[int, ...]
+    step: tuple[int, ...]
     batch_size: int
 
     @property
-    def window(self):
+    def window(self) -> tuple[int, ...]:
         """What a tile labels."""
         return tuple(p - 2 * m for p, m in zip(self.patch, self.margin, strict=True))
 
     @property
-    def mirrors(self):
+    def mirrors(self) -> bool:
         """Whether tiles see the volume continued by mirroring, not by zeros."""
         return any(self.margin)
 
 
-def create_tiling(patch_size, margin, batch_size, num_slices):
+def create_tiling(
+    patch_size: Sequence[int], margin: Sequence[int], batch_size: int, num_slices: int
+) -> Tiling:
     """Tiles that overlap by half, as in nnU-Net.
 
     Args:
@@ -65,7 +71,9 @@ def create_tiling(patch_size, margin, batch_size, num_slices):
     return dataclasses.replace(plane, patch=(depth, *patch_size), step=(depth, *plane.step[1:]))
 
 
-def tile_starts(size, window, step, capacity):
+def tile_starts(
+    size: jax.Array, window: int, step: int, capacity: int
+) -> tuple[jax.Array, jax.Array]:
     """Starts of tiles that cover an axis, evenly spread.
 
     Args:
@@ -83,7 +91,7 @@ def tile_starts(size, window, step, capacity):
     return jnp.where(span > 0, spread, -((1 - span) // 2)), num_tiles
 
 
-def tile_weights(starts, num_tiles, window):
+def tile_weights(starts: jax.Array, num_tiles: jax.Array, window: int) -> jax.Array:
     """Gaussian weights along one axis that trust a tile's centre, and sum to 1 in every voxel.
 
     Args:
@@ -106,8 +114,17 @@ def tile_weights(starts, num_tiles, window):
 
 
 def predict_volume(
-    patch_fn, emit_fn, image, size, source_size, part, *, tiling, source_box, num_strips
-):
+    patch_fn: PatchFn,
+    emit_fn: EmitFn,
+    image: jax.Array,
+    size: jax.Array,
+    source_size: jax.Array,
+    part: tuple[int | jax.Array, int],
+    *,
+    tiling: Tiling,
+    source_box: tuple[int, ...],
+    num_strips: int,
+) -> dict[str, jax.Array]:
     """Tiles, network, blending, resampling to the source grid, and what is made of it there.
 
     Args:
@@ -162,7 +179,9 @@ def predict_volume(
     return lax.fori_loop(0, num_strips, add_strip, outputs)
 
 
-def share(size, index, number):
+def share(
+    size: int | jax.Array, index: int | jax.Array, number: int
+) -> tuple[int | jax.Array, int | jax.Array]:
     """First and one past the last of the voxels that part `index` of `number` has."""
     return size * index // number, size * (index + 1) // number
 
@@ -170,13 +189,15 @@ def share(size, index, number):
 class _Axis:
     """Tiles along one axis."""
 
-    def __init__(self, size, window, step, capacity):
+    def __init__(self, size: jax.Array, window: int, step: int, capacity: int):
         self.size, self.window = size, window
         num = 1 + -(-max(capacity - window, 0) // step)
         self.starts, self.num_tiles = tile_starts(size, window, step, num)
         self.weights = tile_weights(self.starts, self.num_tiles, window)
 
-    def tiles_over(self, source_range, source_size):
+    def tiles_over(
+        self, source_range: tuple[jax.Array, jax.Array], source_size: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """First and one past the last tile that touch what a range of source voxels needs."""
         first, _, _ = neighbours(source_range[0], self.size, source_size)
         _, last, _ = neighbours(source_range[1] - 1, self.size, source_size)
@@ -190,10 +211,10 @@ class _Axis:
 class _Work:
     """What all tiles of a volume share; fields as in `predict_volume`, and their axes."""
 
-    patch_fn: Callable
-    emit_fn: Callable
+    patch_fn: PatchFn
+    emit_fn: EmitFn
     image: jax.Array
-    axes: tuple[_Axis, _Axis, _Axis]
+    axes: tuple[_Axis, ...]
     size: jax.Array
     source_size: jax.Array
     tiling: Tiling
@@ -327,7 +348,7 @@ def _patches(work, tiles):
     return jnp.where(inside[..., None], patches, 0)
 
 
-def strip_buffer_width(capacity, source_capacity, window, num_strips):
+def strip_buffer_width(capacity: int, source_capacity: int, window: int, num_strips: int) -> int:
     """Voxels of the second axis that the tiles of one strip reach, at most.
 
     Args:
@@ -341,7 +362,13 @@ def strip_buffer_width(capacity, source_capacity, window, num_strips):
     return min(whole, capacity // num_strips + per_source_voxel + 2 * window + 4)
 
 
-def num_strips_within(buffer_bytes, patch_fn, image_shape, source_box, tiling):
+def num_strips_within(
+    buffer_bytes: int,
+    patch_fn: PatchFn,
+    image_shape: Sequence[int],
+    source_box: Sequence[int],
+    tiling: Tiling,
+) -> int:
     """Fewest strips whose buffer takes no more than `buffer_bytes`, or as little as it can.
 
     Args:

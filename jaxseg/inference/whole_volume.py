@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ class Recipe:
       buffer_bytes: most memory for the maps of tiles that are being blended.
     """
 
-    model: Any
+    model: nn.Module
     class_names: tuple[str, ...]
     patch_size: tuple[int, ...]
     margin: tuple[int, ...]
@@ -46,12 +47,22 @@ class Recipe:
     buffer_bytes: int = 1 << 30
 
     @property
-    def axis_order(self):
+    def axis_order(self) -> tuple[int, int, int]:
         """Which axis of a volume tiles are streamed along, and the other two."""
         return (2, 0, 1) if len(self.patch_size) == 2 else (0, 1, 2)
 
 
-def segment_volume(variables, volume, size, grid, part, *, recipe, grid_box, num_parts):
+def segment_volume(
+    variables: Any,
+    volume: jax.Array,
+    size: jax.Array,
+    grid: jax.Array,
+    part: int | jax.Array,
+    *,
+    recipe: Recipe,
+    grid_box: Sequence[int],
+    num_parts: int,
+) -> dict[str, jax.Array]:
     """The whole prediction: resample, normalise, tile, network, blend, resample back, argmax.
 
     Args:
@@ -113,7 +124,7 @@ def _patch_maps(recipe, variables, patches):
     return made.reshape(*patches.shape[:2], *made.shape[1:]) if slices else made
 
 
-def create_segment_fn(recipe):
+def create_segment_fn(recipe: Recipe) -> SegmentFn:
     """Prepares prediction on all devices of this process; each does a part of every volume.
 
     Args:
@@ -143,8 +154,8 @@ def create_segment_fn(recipe):
         parts = mapped(resampling.box_of(grid))(
             variables,
             resampling.boxed(canonical),
-            np.int32(size),
-            np.int32(grid),
+            np.array(size, np.int32),
+            np.array(grid, np.int32),
             np.arange(num_parts),
         )
         joined = {
@@ -161,7 +172,7 @@ def create_segment_fn(recipe):
     return segment
 
 
-def sampled(label, affine, recipe):
+def sampled(label: np.ndarray, affine: np.ndarray, recipe: Recipe) -> np.ndarray:
     """The voxels of a label [X, Y, Z] that the output "sample" has logits of, in the same order."""
     label, _ = geometry.to_canonical(label, affine)
     axis = recipe.axis_order[2]

@@ -7,6 +7,8 @@ python -m jaxseg.models fcn --image=224x224x3 --num_classes=21 encoder=vgg16 fea
 import argparse
 import ast
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxseg.models.registry import MODELS, create_model
 from jaxseg.models.summary import summarise_model, training_memory
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     """Prints the table; exits with a message if the network can not be built."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxseg.models",
@@ -44,7 +46,7 @@ def main(argv):
     print(f"kept for the gradient: {training_memory(model, arguments.image) / 2**20:.1f} MiB")
 
 
-def parse_shape(text):
+def parse_shape(text: str) -> tuple[int, ...]:
     """Splits "128x128x1": two or three sizes, then the number of channels."""
     shape = tuple(map(int, text.split("x")))
     if len(shape) not in (3, 4):
@@ -52,7 +54,7 @@ def parse_shape(text):
     return shape
 
 
-def parse_field(text):
+def parse_field(text: str) -> tuple[str, Any]:
     """Splits "name=value"; the value is a Python literal, or else a word."""
     name, equals, value = text.partition("=")
     if not equals:

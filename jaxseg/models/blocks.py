@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxseg.models import formulations, halo
 
@@ -16,7 +18,7 @@ EPS = 1e-5
 CHANNELS_PER_GROUP = 8
 
 
-def check_choices(model, **choices):
+def check_choices(model: nn.Module, **choices: tuple[str, ...]) -> None:
     """Raises ValueError if a field of a module is none of its choices."""
     for name, allowed in choices.items():
         value = getattr(model, name)
@@ -24,17 +26,19 @@ def check_choices(model, **choices):
             raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}")
 
 
-def per_axis(value, rank):
+def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """A number for every axis, from one number or from a tuple of `rank` numbers."""
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def he_normal(key, shape, dtype=jnp.float32):
+def he_normal(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Normal with variance 2 / fan-in (He et al. 2015) for a kernel [*K, C, F]."""
     return _normal(key, shape, dtype, 2 / math.prod(shape[:-1]))
 
 
-def lecun_normal_per_tap(key, shape, dtype=jnp.float32):
+def lecun_normal_per_tap(
+    key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """Normal with variance 1 / C for a kernel [*K, C, F] of which each output sees one tap."""
     return _normal(key, shape, dtype, 1 / shape[-2])
 
@@ -58,12 +62,12 @@ class Conv(nn.Module):
     strides: int | tuple[int, ...] = 1
     padding: str = "same"
     use_bias: bool = True
-    kernel_init: object = he_normal
+    kernel_init: Callable[..., jax.Array] = he_normal
     dtype: jnp.dtype = jnp.float32
     space_axis: str | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         rank = x.ndim - 2
         strides = per_axis(self.strides, rank)
         size = per_axis(self.kernel_size, rank)
@@ -93,7 +97,7 @@ class UpConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*per_axis(self.strides, x.ndim - 2), x.shape[-1], self.features)
         kernel = self.param("kernel", lecun_normal_per_tap, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -120,7 +124,7 @@ class Norm(nn.Module):
     frozen: bool = False
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if self.kind == "none":
             return x
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
@@ -173,7 +177,7 @@ class Dropout(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or self.rate == 0:
             return x
         index = jnp.arange(x.shape[0])
@@ -207,10 +211,20 @@ class Style:
     freeze_batch_stats: bool = False
     remat: bool = False
 
-    def activate(self, x):
+    def activate(self, x: jax.Array) -> jax.Array:
         return ACTIVATIONS[self.activation](x)
 
-    def convolve(self, x, train, features, kernel_size=3, strides=1, *, conv, norm):
+    def convolve(
+        self,
+        x: jax.Array,
+        train: bool,
+        features: int,
+        kernel_size: int | tuple[int, ...] = 3,
+        strides: int | tuple[int, ...] = 1,
+        *,
+        conv: str,
+        norm: str,
+    ) -> jax.Array:
         """Convolution and normalisation under these two names; called inside a block."""
         has_bias = self.norm in ("none", "group")  # the others take the mean away again
         layer = Conv(
@@ -225,12 +239,12 @@ class Style:
         )
         return self.normalise(layer(x), train, norm)
 
-    def normalise(self, x, train, name):
+    def normalise(self, x: jax.Array, train: bool, name: str) -> jax.Array:
         norm = Norm(self.norm, self.axis_name, self.space_axis, self.freeze_batch_stats, name=name)
         return norm(x, train)
 
 
-def in_blocks(block, style):
+def in_blocks(block: type[nn.Module], style: Style) -> Callable[..., nn.Module]:
     """The block's class, or one that forgets its insides until the backward pass."""
     return nn.remat(block, static_argnums=2) if style.remat else block
 
@@ -245,7 +259,7 @@ class ConvBlock(nn.Module):
     strides: int | tuple[int, ...] = 1
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i in range(self.num_convs):
             strides = self.strides if i == 0 else 1
             x = self.style.convolve(
@@ -268,7 +282,7 @@ class ResidualBlock(nn.Module):
     strides: int | tuple[int, ...] = 1
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         style, size = self.style, self.kernel_size
         strides = per_axis(self.strides, x.ndim - 2)
         shortcut = formulations.avg_pool(x, strides) if max(strides) > 1 else x
@@ -291,7 +305,7 @@ class AttentionGate(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, skip, coarse, strides):
+    def __call__(self, skip: jax.Array, coarse: jax.Array, strides: tuple[int, ...]) -> jax.Array:
         """skip [B, *S, C], coarse [B, *ceil(S / strides), D]; returns the weighed skip."""
         rest = [(0, -n % s) for n, s in zip(skip.shape[1:-1], strides, strict=True)]
         padded = jnp.pad(skip, [(0, 0), *rest, (0, 0)])
@@ -305,12 +319,12 @@ class AttentionGate(nn.Module):
         return skip * resize_linear(weight, skip.shape[1:-1])
 
 
-def resize_linear(x, shape):
+def resize_linear(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Linear interpolation of [B, *S, C] to spatial `shape`, half-voxel convention."""
     return jax.image.resize(x, (x.shape[0], *shape, x.shape[-1]), "linear")
 
 
-def crop_to(x, shape, offsets=None):
+def crop_to(x: jax.Array, shape: Sequence[int], offsets: Sequence[int] | None = None) -> jax.Array:
     """Cuts spatial `shape` out of [B, *S, C], from `offsets` on; None cuts out the centre."""
     if offsets is None:
         offsets = tuple((n - m) // 2 for n, m in zip(x.shape[1:-1], shape, strict=True))

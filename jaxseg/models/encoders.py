@@ -5,8 +5,10 @@ published weights fit; the others are sized by their attributes.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 
 from jaxseg.models import formulations, halo
 from jaxseg.models.blocks import (
@@ -37,15 +39,15 @@ class Encoder(nn.Module):
 
     features: tuple[int, ...]
     num_convs: tuple[int, ...]
-    kernel_sizes: tuple
-    strides: tuple
+    kernel_sizes: tuple[int | tuple[int, ...], ...]
+    strides: tuple[int | tuple[int, ...], ...]
     down: str
     residual: bool
     dropout: float
     style: Style
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
         style, maps = self.style, []
         block = in_blocks(ConvBlock, style)
         stage = ResidualStage if self.residual else block
@@ -74,7 +76,7 @@ class Encoder(nn.Module):
         return maps
 
 
-def check_exact_pooling(shape, window, level):
+def check_exact_pooling(shape: Sequence[int], window: Sequence[int], level: int) -> None:
     """Raises ValueError if blocks do not fill `shape`: unpadded maps would lose their centre."""
     if any(n % w for n, w in zip(shape, window, strict=True)):
         raise ValueError(
@@ -94,7 +96,7 @@ class ResidualStage(nn.Module):
     strides: int | tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         block = in_blocks(ResidualBlock, self.style)
         for i in range(self.num_blocks):
             strides = self.strides if i == 0 else 1
@@ -117,7 +119,7 @@ class VGG16(nn.Module):
     style: Style
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
         maps = []
         for stage, num_convs in enumerate((2, 2, 3, 3, 3), start=1):
             if stage > 1:
@@ -133,7 +135,7 @@ RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 FULL_FEATURES = 32
 
 
-def resnet_features(num_layers):
+def resnet_features(num_layers: int) -> tuple[int, ...]:
     """Channels of `ResNet`'s maps."""
     factor = 4 if num_layers == 50 else 1
     return (FULL_FEATURES, 64, *(factor * f for f in (64, 128, 256, 512)))
@@ -151,7 +153,7 @@ class ResNet(nn.Module):
     style: Style
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
         rank = x.ndim - 2
         style = dataclasses.replace(self.style, norm="batch", activation="relu", padding="same")
         full = in_blocks(ConvBlock, style)(FULL_FEATURES, 2, self.style, name="full")
@@ -178,7 +180,7 @@ class ResNetBlock(nn.Module):
     style: Style
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         features, activate = self.features, self.style.activate
 
         def convolve(x, number, features, size, strides=1):

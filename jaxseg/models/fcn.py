@@ -1,6 +1,7 @@
 """FCN: a classification encoder whose coarse scores are upsampled and fused with finer ones."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +24,7 @@ POOL_OFFSETS = {4: 5, 3: 9}
 LOGITS_OFFSETS = {"32s": 19, "16s": 27, "8s": 31}
 
 
-def bilinear_kernel(factor, rank, num_channels):
+def bilinear_kernel(factor: int, rank: int, num_channels: int) -> np.ndarray:
     """Weights that make a transposed convolution interpolate linearly.
 
     Args:
@@ -49,9 +50,9 @@ class Upsample(nn.Module):
     learned: bool
 
     @nn.compact
-    def __call__(self, scores):
+    def __call__(self, scores: jax.Array) -> jax.Array:
         rank, num_channels = scores.ndim - 2, scores.shape[-1]
-        kernel = bilinear_kernel(self.factor, rank, num_channels)
+        kernel: np.ndarray | jax.Array = bilinear_kernel(self.factor, rank, num_channels)
         if self.learned:
             kernel = self.param("kernel", lambda _: jnp.asarray(kernel))
         return formulations.transposed_convolve(
@@ -100,7 +101,7 @@ class FCN(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, image, train=False):
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
         """Maps an image [B, *S, C] of any float to logits [B, *S, num_classes] float32."""
         check_choices(
             self,

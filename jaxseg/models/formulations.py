@@ -6,6 +6,7 @@ hold each formulation to the plain one, forward and gradient. Arrays are [B, *S,
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,12 @@ from jax import lax
 from jaxseg.models import halo
 
 
-def convolve(x, kernel, strides, padding):
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+) -> jax.Array:
     """Correlation, as `lax` and torch call it convolution.
 
     A 1-wide kernel is a matrix product. On CPU the gradient is spelt out and, in 3D, where XLA's
@@ -34,12 +40,17 @@ def convolve(x, kernel, strides, padding):
         step = (slice(None), *(slice(None, None, s) for s in strides))
         return x[step] @ kernel.reshape(kernel.shape[-2:])
     native = functools.partial(convolve_native, strides=strides, padding=padding)
-    on_cpu = convolve_spelt_out if rank < 3 else convolve_by_slices
+    on_cpu: Callable[..., jax.Array] = convolve_spelt_out if rank < 3 else convolve_by_slices
     on_cpu = functools.partial(on_cpu, strides=strides, padding=padding)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=native)
 
 
-def convolve_native(x, kernel, strides, padding):
+def convolve_native(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+) -> jax.Array:
     """`convolve` by XLA's own convolution."""
     layout = _layout_of(x.ndim - 2)
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
@@ -51,7 +62,12 @@ def _layout_of(rank):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve_spelt_out(x, kernel, strides, padding):
+def convolve_spelt_out(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+) -> jax.Array:
     """`convolve` whose gradients are plain convolutions of arrays that are turned beforehand.
 
     They are the same to the bit. But left to itself XLA turns arrays within the convolution, which
@@ -97,7 +113,12 @@ convolve_spelt_out.defvjp(_convolve_spelt_out_forward, _convolve_spelt_out_backw
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve_by_slices(x, kernel, strides, padding):
+def convolve_by_slices(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+) -> jax.Array:
     """`convolve` in 3D as 2D convolutions of slices, one for each tap along the first axis.
 
     It goes through a few slices at a time, which stay in the cache from tap to tap.
@@ -186,7 +207,7 @@ def _shifts(x, num_taps, stride, padding):
     return [x[:, t : t + end : stride] for t in range(num_taps)]
 
 
-def upconvolve(x, kernel):
+def upconvolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Transposed convolution whose stride is its kernel: out[k i + t] = x[i] @ kernel[t].
 
     No two inputs meet in one output, so it is a matrix product per voxel and a rearrangement.
@@ -202,7 +223,7 @@ def upconvolve(x, kernel):
     return depth_to_space(x @ flat, factors)
 
 
-def transposed_convolve(x, kernel, factor):
+def transposed_convolve(x: jax.Array, kernel: jax.Array, factor: int) -> jax.Array:
     """Transposed convolution of stride `factor` and twice that width, in full.
 
     Each block of the output sees two inputs per axis: a 2-wide convolution and a rearrangement.
@@ -223,7 +244,7 @@ def transposed_convolve(x, kernel, factor):
     return depth_to_space(blocks, (factor,) * rank)
 
 
-def depth_to_space(x, factors):
+def depth_to_space(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     """Moves `factors` from channels to space: [B, *S, prod(factors) F] to [B, *(S factors), F]."""
     rank = len(factors)
     batch, *shape, channels = x.shape
@@ -234,7 +255,7 @@ def depth_to_space(x, factors):
     )
 
 
-def max_pool(x, window):
+def max_pool(x: jax.Array, window: Sequence[int]) -> jax.Array:
     """Maximum over blocks; an odd end forms a smaller block.
 
     As in torch, the gradient goes to the first of equal values, and NaN is the largest of all.
@@ -252,7 +273,7 @@ def max_pool(x, window):
     return result
 
 
-def avg_pool(x, window):
+def avg_pool(x: jax.Array, window: Sequence[int]) -> jax.Array:
     """Mean over blocks of [B, *S, C]; an odd end forms a smaller block."""
     counts = _blocks(jnp.ones((1, *x.shape[1:-1], 1), x.dtype), window, 0)
     return sum(_blocks(x, window, 0)) / sum(counts)
@@ -269,7 +290,13 @@ def _blocks(x, window, fill):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def instance_norm(x, scale, bias, eps, space_axis=None):
+def instance_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    eps: float,
+    space_axis: str | None = None,
+) -> jax.Array:
     """Zero mean and unit variance per example and channel, then `scale` and `bias` [C].
 
     Args:

@@ -4,11 +4,14 @@ All parts have the same size. What a convolution sees beyond its part is fetched
 (halo exchange); everything else here is local, or a sum over the parts.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def pad_from_neighbours(x, kernel_size, stride, space_axis):
+def pad_from_neighbours(x: jax.Array, kernel_size: int, stride: int, space_axis: str) -> jax.Array:
     """Pads the first spatial axis with what the neighbours hold, as "same" padding would see it.
 
     A convolution that then pads nothing on this axis gives its part of the whole volume's result.
@@ -42,7 +45,7 @@ def pad_from_neighbours(x, kernel_size, stride, space_axis):
     return jnp.concatenate(parts, axis=1)
 
 
-def check_stride(x, stride):
+def check_stride(x: jax.Array, stride: int) -> None:
     """Raises ValueError if a stride along the first spatial axis does not end with the part x."""
     if x.shape[1] % stride:
         raise ValueError(
@@ -53,6 +56,6 @@ def check_stride(x, stride):
         )
 
 
-def mean_of_parts(means, space_axis):
+def mean_of_parts(means: Any, space_axis: str | None) -> Any:
     """The volume's means from its parts' means, a tree of arrays; unchanged without an axis."""
     return means if space_axis is None else lax.pmean(means, space_axis)

@@ -1,12 +1,17 @@
 """The networks by name."""
 
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
 from jaxseg.models.fcn import FCN
 from jaxseg.models.unet import UNet
 
-MODELS = {"fcn": FCN, "unet": UNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {"fcn": FCN, "unet": UNet}
 
 
-def create_model(name, num_classes, **options):
+def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Builds an uninitialised network.
 
     Args:

@@ -1,26 +1,36 @@
 """How big a network is, before it runs."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
-def count_parameters(model, image_shape):
+def count_parameters(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Number of parameters of a model for one image of shape (*S, C); nothing is computed."""
     _, variables = _abstract(model, image_shape)
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-def count_flops(model, image_shape):
+def count_flops(model: nn.Module, image_shape: Sequence[int]) -> int | None:
     """Floating-point operations of a forward pass over one image of shape (*S, C).
 
-    XLA's own count before optimisation: a multiplication and an addition are two operations.
+    XLA's own count before optimisation: a multiplication and an addition are two operations. It is
+    made for CPU alone; None where a setting such as JAX_PLATFORMS=cuda leaves no CPU to JAX.
     """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
     image, variables = _abstract(model, image_shape)
-    analysis = jax.jit(model.apply).lower(variables, image).cost_analysis()
+    with jax.default_device(cpu):
+        analysis: Any = jax.jit(model.apply).lower(variables, image).cost_analysis()
     return int(analysis["flops"])
 
 
-def training_memory(model, image_shape):
+def training_memory(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Bytes kept from the forward pass over one image (*S, C) for the backward pass.
 
     Activations and what of the parameters the gradient needs, as JAX keeps them whatever the
@@ -37,12 +47,12 @@ def training_memory(model, image_shape):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
 
 
-def summarise_model(model, image_shape):
+def summarise_model(model: nn.Module, image_shape: Sequence[int]) -> str:
     """One line: name, parameters, operations per image."""
-    size = "x".join(map(str, image_shape))
+    size, flops = "x".join(map(str, image_shape)), count_flops(model, image_shape)
     return (
         f"{type(model).__name__}: {count_parameters(model, image_shape):,} parameters, "
-        f"{count_flops(model, image_shape) / 1e9:.2f} GFLOP forward per {size} image"
+        f"{'unknown' if flops is None else f'{flops / 1e9:.2f}'} GFLOP forward per {size} image"
     )
 
 

@@ -1,8 +1,10 @@
 """U-Net: an encoder, a decoder, and a skip connection at every resolution."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxseg.models import encoders
@@ -22,7 +24,7 @@ from jaxseg.models.blocks import (
 )
 
 # Encoders whose size is published: channels of each resolution, and how to make one.
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[tuple[int, ...], Callable[..., nn.Module]]] = {
     "vgg16": (encoders.VGG16_FEATURES, encoders.VGG16),
     **{
         f"resnet{n}": (
@@ -78,8 +80,8 @@ class UNet(nn.Module):
     encoder: str = "plain"
     num_convs: int | tuple[int, ...] = 2
     decoder_convs: int = 2
-    kernel_sizes: tuple = ()
-    strides: tuple = ()
+    kernel_sizes: tuple[int | tuple[int, ...], ...] = ()
+    strides: tuple[int | tuple[int, ...], ...] = ()
     norm: str = "instance"
     activation: str = "leaky_relu"
     down: str = "conv"
@@ -95,7 +97,7 @@ class UNet(nn.Module):
     space_axis: str | None = None
 
     @nn.compact
-    def __call__(self, image, train=False):
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array | tuple[jax.Array, ...]:
         """Maps an image [B, *S, C] of any float to logits [B, *S, num_classes] float32.
 
         With `deep_supervision` and `train` a tuple of logits, finest first, each [B, *S / strides,
@@ -163,7 +165,7 @@ class UNet(nn.Module):
         return head(x).astype(jnp.float32)
 
     @property
-    def level_features(self):
+    def level_features(self) -> tuple[int, ...]:
         """Channels at each resolution."""
         return PUBLISHED[self.encoder][0] if self.encoder in PUBLISHED else self.features
 

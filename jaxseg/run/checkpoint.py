@@ -9,6 +9,9 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxseg.problem import Problem
+from jaxseg.training.state import TrainState
 
 METRIC = "val_dice"
 ITEMS = ("state", "config", "plan", "data", "digest")
@@ -31,7 +35,7 @@ class CheckpointProblem(Problem, RuntimeError):
 class _Manager(ocp.CheckpointManager):
     """Opens although the metrics of a step, which all are read then, are damaged."""
 
-    def metrics(self, step):
+    def metrics(self, step: int) -> dict[str, Any] | None:
         try:
             found = super().metrics(step)
             if found is not None:
@@ -41,7 +45,7 @@ class _Manager(ocp.CheckpointManager):
             return None
 
 
-def open_checkpoints(directory, *, keep):
+def open_checkpoints(directory: str | Path, *, keep: int) -> ocp.CheckpointManager:
     """Opens, or creates, the checkpoints of a run.
 
     Args:
@@ -69,7 +73,16 @@ def open_checkpoints(directory, *, keep):
     return manager
 
 
-def save(manager, step, state, *, config_json, plan_json, data, metrics):
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: TrainState,
+    *,
+    config_json: str,
+    plan_json: str,
+    data: dict[str, Any],
+    metrics: dict[str, float] | None,
+) -> None:
     """Saves a step; it is on disk, whole, when this returns.
 
     Args:
@@ -102,7 +115,9 @@ def save(manager, step, state, *, config_json, plan_json, data, metrics):
     _remove_leftovers(manager)
 
 
-def restore_latest(manager, template, *, log_text):
+def restore_latest(
+    manager: ocp.CheckpointManager, template: TrainState, *, log_text: Callable[[str], None]
+) -> tuple[int, TrainState] | None:
     """Finds the newest checkpoint that is whole.
 
     Damaged newer ones are moved to `damaged/` beside the checkpoints.
@@ -134,7 +149,7 @@ def restore_latest(manager, template, *, log_text):
     return None
 
 
-def restore(manager, step, template):
+def restore(manager: ocp.CheckpointManager, step: int, template: TrainState) -> TrainState:
     """Returns the TrainState of a step, placed on devices as `template` is.
 
     Raises:
@@ -148,14 +163,14 @@ def restore(manager, step, template):
         return manager.restore(step, args=items).state
 
 
-def digest(state):
+def digest(state: TrainState) -> str:
     """SHA-256, in hexadecimal, of name, type, shape and bytes of every array in a TrainState."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     return _digest_of_arrays((name, jax.device_get(named[name])) for name in sorted(named))
 
 
-def load_variables(directory, step=None):
+def load_variables(directory: str | Path, step: int | None = None) -> dict[str, Any]:
     """Reads the weights of a run of which nothing else is known, on whatever devices it was.
 
     Args:
@@ -186,7 +201,7 @@ def load_variables(directory, step=None):
         return manager.restore(step, args=ocp.args.Composite(state=state)).state
 
 
-def close_checkpoints(manager):
+def close_checkpoints(manager: ocp.CheckpointManager) -> None:
     """Ends the threads that the manager keeps; what was saved is on disk already."""
     manager.close()
 

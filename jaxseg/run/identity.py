@@ -4,9 +4,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pathlib
 import platform
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -26,7 +27,7 @@ SETTINGS = (
 )
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """Versions of what computed a result: packages, Python, and the device."""
     found = {name: _version(name) for name in VERSIONS_OF}
     device = jax.devices()[0]
@@ -36,7 +37,7 @@ def versions():
     }
 
 
-def describe(config_json, fingerprint):
+def describe(config_json: str, fingerprint: str) -> dict[str, Any]:
     """Everything that the numbers of a run depend on, JSON-ready.
 
     Args:
@@ -62,7 +63,7 @@ def describe(config_json, fingerprint):
     }
 
 
-def record(workdir, first_step, description):
+def record(workdir: str | Path, first_step: int, description: dict[str, Any]) -> None:
     """Adds a session, which goes on from `first_step`, to the identity of the run.
 
     It takes the place of those that began there or later, whose steps are done again.
@@ -79,7 +80,7 @@ def record(workdir, first_step, description):
     writers.write_json(os.path.join(workdir, NAME), {"sessions": sessions})
 
 
-def read_sessions(workdir):
+def read_sessions(workdir: str | Path) -> list[dict[str, Any]]:
     """The sessions that were recorded, oldest first; none for a run without the file."""
     path = os.path.join(workdir, NAME)
     if not os.path.exists(path):
@@ -88,7 +89,7 @@ def read_sessions(workdir):
         return json.load(file)["sessions"]
 
 
-def differences(recorded, now):
+def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What has changed since a session was recorded.
 
     Args:
@@ -101,9 +102,9 @@ def differences(recorded, now):
     return config_lib.differences(json.dumps(recorded), json.dumps(now))
 
 
-def source_revision():
+def source_revision() -> str | None:
     """Git revision of this source code, with "+changes" if files differ; None outside of git."""
-    folder = pathlib.Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
     try:
         if not _git(folder, "ls-files", "--", "__init__.py"):
             return None  # installed into somebody else's repository
@@ -129,7 +130,7 @@ def _version(name):
 def _cpu():
     """Model and number of processors: XLA and TensorFlow choose their sums by them."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -34,7 +35,7 @@ class RunLog:
       workdir: existing folder.
     """
 
-    def __init__(self, workdir):
+    def __init__(self, workdir: str | Path):
         self._workdir = workdir
         self._text = open(os.path.join(workdir, LOG_NAME), "a", encoding="utf-8")  # noqa: SIM115
         self._metrics = self._trace = io.StringIO()
@@ -45,7 +46,7 @@ class RunLog:
             self._summary = tf.summary
             self._tensorboard = tf.summary.create_file_writer(os.path.join(workdir, "tensorboard"))
 
-    def start_at(self, first_step):
+    def start_at(self, first_step: int) -> None:
         """Opens the files of numbers, and says from which step on they will come.
 
         Those of later steps, written before an interruption, are dropped: these steps are about to
@@ -54,12 +55,12 @@ class RunLog:
         self._metrics = _open_rows(os.path.join(self._workdir, METRICS_NAME), first_step)
         self._trace = _open_rows(os.path.join(self._workdir, TRACE_NAME), first_step)
 
-    def text(self, line):
+    def text(self, line: str) -> None:
         """Shows a line on the terminal and appends it, with the time, to the log file."""
         tqdm.write(line, file=sys.stdout)
         self._append(self._text, LOG_NAME, [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"])
 
-    def scalars(self, step, values):
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Appends a row of numbers to the metrics file; a non-finite number becomes null.
 
         Lists of numbers, one of each member, are not shown in TensorBoard.
@@ -71,11 +72,11 @@ class RunLog:
                 for name, value in without_lists(values).items():
                     self._summary.scalar(name, value, step)
 
-    def trace(self, rows):
+    def trace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows of `trace_row` to the trace file."""
         self._append(self._trace, TRACE_NAME, (json.dumps(row) + "\n" for row in rows))
 
-    def progress(self, items, title):
+    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
         """Wraps an iterable: a bar on a terminal, a line at the end in the log."""
         start = time.monotonic()
         count = 0
@@ -84,7 +85,7 @@ class RunLog:
             count += 1
         self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
 
-    def close(self):
+    def close(self) -> None:
         files = (self._text, self._metrics, self._trace, self._tensorboard)
         with naming(self._workdir), contextlib.ExitStack() as stack:
             for file in filter(None, files):
@@ -99,22 +100,22 @@ class RunLog:
 class SilentLog:
     """A RunLog that says and writes nothing: of all processes of a run only the first speaks."""
 
-    def start_at(self, first_step):
+    def start_at(self, first_step: int) -> None:
         pass
 
-    def text(self, line):
+    def text(self, line: str) -> None:
         pass
 
-    def scalars(self, step, values):
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
         pass
 
-    def trace(self, rows):
+    def trace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         pass
 
-    def progress(self, items, title):
+    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
         return iter(items)
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
@@ -124,7 +125,7 @@ Log = RunLog | SilentLog
 class StepProgress:
     """Progress over training steps: a bar on a terminal, and lines with rate and time to go."""
 
-    def __init__(self, log, first_step, num_steps, batch_size):
+    def __init__(self, log: Log, first_step: int, num_steps: int, batch_size: int):
         self._log = log
         self._first_step, self._num_steps = first_step, num_steps
         self._batch_size = batch_size
@@ -133,10 +134,10 @@ class StepProgress:
         )
         self._last = (time.monotonic(), first_step)
 
-    def advance(self):
+    def advance(self) -> None:
         self._bar.update()
 
-    def report(self, step, values):
+    def report(self, step: int, values: Mapping[str, Any]) -> float:
         """Logs numbers at a step, with images/s since the last report; returns images/s."""
         now = time.monotonic()
         then, last_step = self._last
@@ -151,25 +152,25 @@ class StepProgress:
         self.restart_clock(step)
         return images_per_s
 
-    def restart_clock(self, step):
+    def restart_clock(self, step: int) -> None:
         """Leaves what happened since the last report (validation, say) out of the next rate."""
         self._last = (time.monotonic(), step)
 
-    def close(self):
+    def close(self) -> None:
         self._bar.close()
 
 
-def read_metrics(workdir):
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut."""
     return _read_rows(os.path.join(workdir, METRICS_NAME))
 
 
-def read_trace(workdir):
+def read_trace(workdir: str | Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's trace file as dicts, without a last line that a crash cut."""
     return _read_rows(os.path.join(workdir, TRACE_NAME))
 
 
-def trace_row(step, metrics):
+def trace_row(step: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What a step did, to the bit, JSON-ready.
 
     Args:
@@ -196,7 +197,7 @@ def _each(text_of, numbers):
     return text_of(numbers.item())
 
 
-def without_lists(values):
+def without_lists(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a dict's values that are single numbers, not one for each member."""
     return {name: value for name, value in values.items() if np.ndim(value) == 0}
 

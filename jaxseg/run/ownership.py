@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 from jaxseg.problem import Problem
 from jaxseg.run.writers import naming
@@ -16,7 +18,7 @@ class OwnershipProblem(Problem, RuntimeError):
 
 
 @contextlib.contextmanager
-def owning(workdir):
+def owning(workdir: str | Path) -> Iterator[None]:
     """Keeps the folder of a run to this process while the context lasts.
 
     The lock is the kernel's: it is free again as soon as the process is gone, however it ended. The

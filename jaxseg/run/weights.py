@@ -28,7 +28,7 @@ class WeightsProblem(Problem, RuntimeError):
     """Weights can not be read."""
 
 
-def read_weights(path):
+def read_weights(path: str) -> dict[str, dict[str, np.ndarray]]:
     """Reads the weights of a network.
 
     Args:

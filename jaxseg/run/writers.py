@@ -6,10 +6,13 @@ import json
 import math
 import os
 import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
-def naming(path):
+def naming(path: str | Path) -> Iterator[None]:
     """Gives an OSError the name of the file where it has none, as when a disk is full."""
     try:
         yield
@@ -20,7 +23,7 @@ def naming(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[str]:
     """Yields a temporary name beside `path` that takes its place if nothing fails.
 
     No two processes share that name. It ends as `path` does, since a suffix can choose the format.
@@ -35,27 +38,30 @@ def replacing(path):
             os.remove(temporary)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with naming(path), replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def write_json(path, content):
+def write_json(path: str | Path, content: Any) -> None:
     """Writes `json_ready` content, whole or not at all."""
     write_text(path, json.dumps(json_ready(content), indent=1))
 
 
-def write_csv(path, rows):
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a non-empty list of dicts with the same keys as CSV, whole or not at all."""
-    options = {"newline": "", "encoding": "utf-8"}
-    with naming(path), replacing(path) as temporary, open(temporary, "w", **options) as file:
+    with (
+        naming(path),
+        replacing(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def json_ready(value):
+def json_ready(value: Any) -> Any:
     """Replaces NaN and infinities, which JSON can not hold, by None; numpy values by Python's."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}

@@ -1,5 +1,8 @@
 """A checksum of arrays: differs wherever any bit of any number does, or two exchange places."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from jax import lax
 PLACE_FACTOR = 2654435761  # 2^32 / golden ratio (Knuth): places of few digits spread far apart
 
 
-def checksum(tree, start=()):
+def checksum(tree: Any, start: Sequence[int | jax.Array] = ()) -> jax.Array:
     """Sum modulo 2^32 of the bits of all numbers, each times an odd number for its place.
 
     Args:

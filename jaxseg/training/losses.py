@@ -13,6 +13,8 @@ it is fast and deterministic on every device.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,14 @@ import numpy as np
 from jax import lax
 
 
-def cross_entropy_loss(logits, label, *, valid=None, class_weights=None, space_axis=None):
+def cross_entropy_loss(
+    logits: jax.Array,
+    label: jax.Array,
+    *,
+    valid: jax.Array | None = None,
+    class_weights: Sequence[float] | None = None,
+    space_axis: str | None = None,
+) -> jax.Array:
     """Cross-entropy per example, averaged over its valid pixels.
 
     With weights w_c per class: Σ v w_g (-log p_g) / Σ v w_g, where g is the pixel's label.
@@ -42,8 +51,14 @@ def cross_entropy_loss(logits, label, *, valid=None, class_weights=None, space_a
 
 
 def soft_dice_loss(
-    logits, label, *, valid=None, include_background=False, eps=1e-5, space_axis=None
-):
+    logits: jax.Array,
+    label: jax.Array,
+    *,
+    valid: jax.Array | None = None,
+    include_background: bool = False,
+    eps: float = 1e-5,
+    space_axis: str | None = None,
+) -> jax.Array:
     """Soft Dice loss per example, averaged over classes.
 
     For class c: 1 - (2 Σ p g + eps) / (Σ p + Σ g + eps). A class that is in neither the label nor
@@ -68,17 +83,17 @@ def soft_dice_loss(
 
 
 def dice_cross_entropy_loss(
-    logits,
-    label,
+    logits: jax.Array,
+    label: jax.Array,
     *,
-    valid=None,
-    dice_weight=1.0,
-    ce_weight=1.0,
-    class_weights=None,
-    include_background=False,
-    eps=1e-5,
-    space_axis=None,
-):
+    valid: jax.Array | None = None,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    class_weights: Sequence[float] | None = None,
+    include_background: bool = False,
+    eps: float = 1e-5,
+    space_axis: str | None = None,
+) -> jax.Array:
     """Weighted sum of `soft_dice_loss` and `cross_entropy_loss`, sharing one softmax.
 
     Args:
@@ -103,7 +118,15 @@ def dice_cross_entropy_loss(
     return dice_weight * dice + ce_weight * cross_entropy
 
 
-def focal_loss(logits, label, *, valid=None, gamma=2.0, alpha=None, space_axis=None):
+def focal_loss(
+    logits: jax.Array,
+    label: jax.Array,
+    *,
+    valid: jax.Array | None = None,
+    gamma: float = 2.0,
+    alpha: Sequence[float] | None = None,
+    space_axis: str | None = None,
+) -> jax.Array:
     """Multi-class focal loss per example, averaged over its valid pixels.
 
     Σ v alpha_g (1 - p_g)^gamma (-log p_g) / Σ v, where g is the pixel's label. Unlike the class
@@ -135,16 +158,16 @@ def focal_loss(logits, label, *, valid=None, gamma=2.0, alpha=None, space_axis=N
 
 
 def tversky_loss(
-    logits,
-    label,
+    logits: jax.Array,
+    label: jax.Array,
     *,
-    valid=None,
-    alpha=0.3,
-    beta=0.7,
-    include_background=False,
-    eps=1e-5,
-    space_axis=None,
-):
+    valid: jax.Array | None = None,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    include_background: bool = False,
+    eps: float = 1e-5,
+    space_axis: str | None = None,
+) -> jax.Array:
     """Tversky loss per example, averaged over classes.
 
     For class c: 1 - (TP + eps) / (TP + alpha FP + beta FN + eps), with TP = Σ p g,
@@ -171,7 +194,7 @@ def tversky_loss(
     return jnp.mean(wrong / (tp + wrong + eps), axis=-1)
 
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cross_entropy": cross_entropy_loss,
     "soft_dice": soft_dice_loss,
     "dice_cross_entropy": dice_cross_entropy_loss,
@@ -180,7 +203,13 @@ LOSSES = {
 }
 
 
-def supervise(loss_fn, logits, label, valid, space_axis=None):
+def supervise(
+    loss_fn: Callable[..., jax.Array],
+    logits: jax.Array | tuple[jax.Array, ...],
+    label: jax.Array,
+    valid: jax.Array,
+    space_axis: str | None = None,
+) -> jax.Array:
     """Loss of what a network returns: logits of a whole patch, of its centre, or of many scales.
 
     Logits smaller than the label come from a network without padding: the label's centre counts.
@@ -207,7 +236,7 @@ def supervise(loss_fn, logits, label, valid, space_axis=None):
     for scale, weight in zip(logits, weights, strict=True):
         coarse_label, coarse_valid = (_nearest(x, scale.shape[1:-1]) for x in (label, valid))
         losses.append(weight / sum(weights) * loss_fn(scale, coarse_label, valid=coarse_valid))
-    return sum(losses)
+    return cast(jax.Array, sum(losses))  # there is one scale at least
 
 
 def _centre(x, shape):

@@ -1,6 +1,7 @@
 """Learning-rate schedules and optimisers, as optax transformations."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,9 @@ class GroupProblem(Problem, ValueError):
     """A parameter group decides about nothing."""
 
 
-def create_schedule(name, *, learning_rate, num_steps, warmup_steps=0):
+def create_schedule(
+    name: str, *, learning_rate: float, num_steps: int, warmup_steps: int = 0
+) -> optax.Schedule:
     """Learning rate as a function of the step.
 
     Args:
@@ -38,7 +41,15 @@ def create_schedule(name, *, learning_rate, num_steps, warmup_steps=0):
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
-def create_optimizer(name, schedule, *, weight_decay=0.0, momentum=0.99, clip_norm=0.0, groups=()):
+def create_optimizer(
+    name: str,
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.99,
+    clip_norm: float = 0.0,
+    groups: Sequence[tuple[str, float, int]] = (),
+) -> optax.GradientTransformation:
     """Gradient transformation: clip, decay weights, step.
 
     Args:
@@ -74,11 +85,9 @@ def _is_kernel(params):
     return jax.tree.map(lambda param: param.ndim > 1, params)
 
 
-class GroupsState(NamedTuple):
+# Not annotated in the body: `count`, whose name is in checkpoints, is a method of tuples too.
+class GroupsState(NamedTuple("GroupsState", [("count", jax.Array), ("inner", Any)])):
     """Number of updates done, and the state of the transformation inside."""
-
-    count: jax.Array
-    inner: Any
 
 
 def _in_groups(tx, groups):

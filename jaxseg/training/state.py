@@ -1,10 +1,13 @@
 """What a training run carries from one step to the next."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 
 @flax.struct.dataclass
@@ -24,7 +27,12 @@ class TrainState:
     opt_state: Any
 
 
-def create_train_states(model, tx, keys, image_shape):
+def create_train_states(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    keys: Iterable[jax.Array],
+    image_shape: Sequence[int],
+) -> list[TrainState]:
     """Initial states, each a pure function of its key.
 
     Args:

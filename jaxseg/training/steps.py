@@ -7,31 +7,36 @@ how examples were spread. An example with no valid voxel is a filler and counts 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxseg.training.checksum import checksum
 from jaxseg.training.losses import supervise
+from jaxseg.training.state import TrainState
 from jaxseg.training.strict_sums import compiled_apart, sum_in_one_order
 
 
 def train_step(
-    state,
-    batch,
-    key,
-    learning_rate=1.0,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    learning_rate: ArrayLike = 1.0,
     *,
-    model,
-    loss_fn,
-    tx,
-    axis_name=None,
-    space_axis=None,
-    accumulate_steps=1,
-    virtual_shards=0,
-):
+    model: nn.Module,
+    loss_fn: Callable[..., jax.Array],
+    tx: optax.GradientTransformation,
+    axis_name: str | None = None,
+    space_axis: str | None = None,
+    accumulate_steps: int = 1,
+    virtual_shards: int = 0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update.
 
     Args:
@@ -99,7 +104,15 @@ def train_step(
     }
 
 
-def eval_step(state, batch, *, model, loss_fn, axis_name=None, space_axis=None):
+def eval_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    loss_fn: Callable[..., jax.Array],
+    axis_name: str | None = None,
+    space_axis: str | None = None,
+) -> dict[str, jax.Array]:
     """The loss of the batch, without dropout and with running statistics.
 
     Args:
@@ -113,7 +126,7 @@ def eval_step(state, batch, *, model, loss_fn, axis_name=None, space_axis=None):
     return dict(zip(("loss", "count"), _psum(sums, axes), strict=True))
 
 
-def over_members(step, by):
+def over_members(step: Callable[..., Any], by: str) -> Callable[..., Any]:
     """A step of every member of an ensemble, from arguments that all have a leading axis of them.
 
     Args:

@@ -5,13 +5,19 @@ in a loop whose number of turns, and whose inputs, are hidden from them.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Tree = Any  # of arrays
 
-def sum_in_one_order(sums, batch, num_shards, axis_name):
+
+def sum_in_one_order(
+    sums: Callable[[Tree, jax.Array], Tree], batch: Tree, num_shards: int, axis_name: str | None
+) -> Tree:
     """Sums over virtual shards as a tree: 0 + 1, 2 + 3 ..., then (0 + 1) + (2 + 3) and so on.
 
     Each device adds up its own branch; above it, partners exchange what they have and both add.
@@ -50,7 +56,7 @@ def sum_in_one_order(sums, batch, num_shards, axis_name):
     return totals
 
 
-def compiled_apart(function, *arguments):
+def compiled_apart(function: Callable[..., Tree], *arguments: Tree) -> Tree:
     """The function's result, rounded alike whatever the program around it."""
     empty = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments)

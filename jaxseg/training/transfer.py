@@ -6,6 +6,7 @@ layouts of our networks: "encoder/stage0/conv0/kernel" is [*K, C, F].
 
 import dataclasses
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,8 @@ VGG16_DENSE = {"classifier.0": ("fc6", 7), "classifier.3": ("fc7", 1)}  # width 
 NOT_IN_SOURCE = "not in the source"
 SHOWN_LINES, SHOWN_PATHS = 8, 3
 
+Source = dict[str, dict[str, np.ndarray]]
+
 
 class TransferProblem(Problem, ValueError):
     """The weights do not fit the network."""
@@ -47,12 +50,12 @@ class TransferReport:
       unused: of the source alone.
     """
 
-    loaded: tuple
-    adapted: tuple
-    skipped: tuple
-    unused: tuple
+    loaded: tuple[tuple[str, str], ...]
+    adapted: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+    unused: tuple[tuple[str, str], ...]
 
-    def lines(self, brief=False):
+    def lines(self, brief: bool = False) -> list[str]:
         """Lines of text: counts, then what was not just loaded, all of it or the beginnings."""
         shown_lines, shown_paths = (SHOWN_LINES, SHOWN_PATHS) if brief else (None, None)
         counts = (
@@ -62,7 +65,7 @@ class TransferReport:
         )
         lines = [counts]
         for kind in ("adapted", "skipped", "unused"):
-            paths_by_text = {}
+            paths_by_text: dict[str, list[str]] = {}
             for path, text in getattr(self, kind):
                 paths_by_text.setdefault(text, []).append(path)
             groups = [
@@ -74,11 +77,11 @@ class TransferReport:
                 lines.append(f"  and {rest} more lines of {kind} arrays")
         return lines
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "\n".join(self.lines(brief=True))
 
 
-def from_torch(state):
+def from_torch(state: dict[str, np.ndarray]) -> Source:
     """Names and layouts of torch made ours.
 
     Recognises torchvision's VGG16, whose first two fully connected layers become convolutions 7
@@ -96,7 +99,7 @@ def from_torch(state):
       TransferProblem: VGG16 with batch normalisation, which our VGG16 has not; or two arrays that
         become one.
     """
-    source = {"params": {}, "batch_stats": {}}
+    source: Source = {"params": {}, "batch_stats": {}}
     for name, array in _with_our_layers(state).items():
         *layers, leaf = re.split("[./]", name)
         collection = "params"
@@ -148,7 +151,9 @@ def _resnet_name(name):
     return "encoder." + name.replace("downsample.1.", "downsample_bn.")
 
 
-def adapt(source, target, *, strict=False):
+def adapt(
+    source: Source, target: dict[str, Any], *, strict: bool = False
+) -> tuple[dict[str, Any], TransferReport]:
     """Puts a source's arrays into a network's, where they fit or can be made to.
 
     A kernel that sees the image takes another number of channels (`adapt_channels`), and a kernel
@@ -165,7 +170,10 @@ def adapt(source, target, *, strict=False):
     Raises:
       TransferProblem: nothing fits; or not everything does and `strict` is set.
     """
-    loaded, adapted, skipped, unused = [], [], [], []
+    loaded: list[tuple[str, str]] = []
+    adapted: list[tuple[str, str]] = []
+    skipped: list[tuple[str, str]] = []
+    unused: list[tuple[str, str]] = []
     trees = {}
     for collection, given in source.items():
         leaves = flatten_dict(target[collection], sep="/")
@@ -212,7 +220,7 @@ def _fit(path, value, shape):
     return None, f"{given_shape} in the source, {shape} in the network"
 
 
-def adapt_channels(kernel, num_channels):
+def adapt_channels(kernel: np.ndarray, num_channels: int) -> np.ndarray:
     """Another number of input channels, with about the response to an image of equal channels.
 
     It is the same for one channel, which gets the sum over the given ones, and for multiples of
@@ -231,7 +239,7 @@ def adapt_channels(kernel, num_channels):
     return kernel[..., np.arange(num_channels) % given, :] * np.float32(given / num_channels)
 
 
-def inflate(kernel, length, layer=""):
+def inflate(kernel: np.ndarray, length: int, layer: str = "") -> np.ndarray:
     """A last spatial axis for a kernel, with the same response where nothing varies along it.
 
     A convolution's output sees all taps: each is 1 / length of the given one (Carreira and

@@ -18,10 +18,10 @@ from jaxseg.data import (
     fingerprint,
     images,
     labels,
-    parts,
     prepared,
     preprocess,
 )
+from jaxseg.data import parts as parts_lib
 
 OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
 
@@ -157,7 +157,7 @@ def test_prepared_once_reused_after(tmp_path, dataset, count_reads, monkeypatch)
     def forbidden(*args, **kwargs):
         raise AssertionError("done before")
 
-    monkeypatch.setattr(builder, "verify", forbidden)
+    monkeypatch.setattr(prepared, "verify", forbidden)
     monkeypatch.setattr(preprocess, "make_plan", forbidden)
     second, same_plan, same_fingerprint = prepare(dataset, tmp_path / "cache")
     assert len(count_reads) == 3
@@ -196,12 +196,12 @@ def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, o
 
 
 def test_changed_data_is_another_fingerprint(tmp_path, dataset):
-    def fingerprint(dataset):
+    def of(dataset):
         return fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
 
-    fingerprints = [fingerprint(dataset)]
+    fingerprints = [of(dataset)]
     rewrite_image(dataset, 1, lambda image: image + (image == image.max()))
-    fingerprints.append(fingerprint(dataset))
+    fingerprints.append(of(dataset))
     for changes in (
         {"class_names": ("background", "outer", "core")},
         {"label_values": (0, 2, 1)},
@@ -209,7 +209,7 @@ def test_changed_data_is_another_fingerprint(tmp_path, dataset):
         {"cases": dataset.cases[:2]},
         {"cases": (dataclasses.replace(dataset.cases[0], case_id="x"), *dataset.cases[1:])},
     ):
-        fingerprints.append(fingerprint(dataclasses.replace(dataset, **changes)))
+        fingerprints.append(of(dataclasses.replace(dataset, **changes)))
     assert len(set(fingerprints)) == 7
 
 
@@ -265,7 +265,7 @@ class Interrupted(BaseException):
 def test_an_interrupted_preparation_goes_on(
     tmp_path, dataset, count_reads, monkeypatch, phase, error
 ):
-    monkeypatch.setattr(parts, "CASES_PER_PART", 1)
+    monkeypatch.setattr(parts_lib, "CASES_PER_PART", 1)
     cache, killed = tmp_path / "cache", tmp_path / "killed"
     cache.mkdir()
 
@@ -423,7 +423,7 @@ def count_digests(monkeypatch):
         return hashlib.file_digest(file, name)
 
     fake = types.SimpleNamespace(sha256=hashlib.sha256, file_digest=counted)
-    monkeypatch.setattr(builder, "hashlib", fake)
+    monkeypatch.setattr(fingerprint, "hashlib", fake)
     monkeypatch.setattr(fingerprint, "SETTLED_S", -1.0)  # tests do not wait
     return names
 
@@ -463,7 +463,7 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path, dataset, count_dig
 def test_processes_that_share_the_work_make_what_one_makes(
     tmp_path, dataset, count_reads, monkeypatch
 ):
-    monkeypatch.setattr(parts, "CASES_PER_PART", 1)
+    monkeypatch.setattr(parts_lib, "CASES_PER_PART", 1)
     expected, plan, fingerprint = prepare(dataset, tmp_path / "one")
     count_reads.clear()
     meeting = threading.Barrier(2, timeout=60)
@@ -498,7 +498,7 @@ def test_processes_that_share_the_work_make_what_one_makes(
 def test_processes_that_do_not_share_a_file_system_are_told(tmp_path, dataset, monkeypatch):
     with pytest.raises(OSError, match=r"plan.json: not there \(1 of 1 missing\).*all hosts share"):
         prepare(dataset, tmp_path / "a", process_index=1, process_count=2)
-    monkeypatch.setattr(parts, "CASES_PER_PART", 1)
+    monkeypatch.setattr(parts_lib, "CASES_PER_PART", 1)
     with pytest.raises(OSError, match=r"part-001-of-003: not there \(1 of 3 missing\)"):
         prepare(dataset, tmp_path / "b", process_index=0, process_count=2)
 
@@ -507,7 +507,7 @@ def test_large_data_has_a_bounded_number_of_parts(dataset):
     cases_of = {3: 1, 4: 1, 5: 2, 256: 64, 257: 52, 10_000: 64}
     for num_cases, num_parts in cases_of.items():
         many = dataclasses.replace(dataset, cases=tuple(range(num_cases)))
-        parts = builder._cut(many, "folder")
+        parts = parts_lib.cut(many, "folder")
         assert len(parts) == num_parts
         assert sum((part.cases for part in parts.values()), ()) == many.cases
 

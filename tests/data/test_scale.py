@@ -32,7 +32,7 @@ def contents(cache_dir):
     found = {"plan": plan.read_text()}
     for folder in sorted(plan.parent.glob("part-???-of-???")):
         for split in ("cases", "blocks"):
-            for index, record in enumerate(builder._open_split(folder, split)):
+            for index, record in enumerate(builder.open_split(folder, split)):
                 for name, array in record.items():
                     key = folder.name, split, index, name
                     found[key] = (array.dtype, array.shape, array.tobytes())
@@ -84,7 +84,7 @@ UNDER_A_LIMIT = """
 import json, re, resource, sys, time
 import numpy as np
 from jaxseg.config import base_config
-from jaxseg.data import builder, cases
+from jaxseg.data import cases, parts, prepared
 from jaxseg.data.pipeline import train_batches
 
 folder, root, limit_mib, cache_mib, num_steps, rank = sys.argv[1:3] + [int(a) for a in sys.argv[3:]]
@@ -114,7 +114,7 @@ store, _, _ = prepared.prepare(
     dataset, case_ids, cache_dir=folder, spacing_mm=(), normalisation="auto", image_order=1,
     label_order=1,
 )
-prepared = time.perf_counter()
+ready = time.perf_counter()
 means = [float(batch["image"].mean()) for batch in batches(store, case_ids, num_steps)]
 read = time.perf_counter()
 num_bytes = sum(5 * np.prod(store[case_id].label.shape) for case_id in case_ids)
@@ -125,8 +125,8 @@ except MemoryError:
     refused = True
 print(json.dumps({
     "data_bytes": int(num_bytes), "peak_bytes": memory("VmHWM") - start_rss,
-    "num_batches": len(means), "refused": refused, "prepare_s": prepared - began,
-    "images_per_s": 2 * num_steps / (read - prepared),
+    "num_batches": len(means), "refused": refused, "prepare_s": ready - began,
+    "images_per_s": 2 * num_steps / (read - ready),
 }))
 """
 

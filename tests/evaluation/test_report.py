@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.evaluation import plots, report
+from jaxseg.evaluation import plots, report, report_numbers
 
 NAMES = ["background", "liver", "tumour"]
 HOSTILE = '"></svg><img src=x onerror=alert(1)><script>alert(2)</script>|`$\\frac{'
@@ -499,7 +499,7 @@ def test_it_says_which_networks_made_the_predictions(tmp_path, kind, set_name, w
     ],
 )
 def test_members_in_one_line(members, line):
-    assert report.describe_members(members) == line
+    assert report_numbers.describe_members(members) == line
 
 
 def test_what_is_not_known_has_no_section(tmp_path):

@@ -11,7 +11,7 @@ from jaxseg.experiment.members import Member
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "members"),
+    ("kind", "fields", "expected"),
     [
         ("single", {}, (Member(4, 0, 1e-3),)),
         (
@@ -27,14 +27,14 @@ from jaxseg.experiment.members import Member
         ),
     ],
 )
-def test_members_are_what_single_runs_would_train(kind, fields, members):
+def test_members_are_what_single_runs_would_train(kind, fields, expected):
     config = base_config()
     config.seed, config.optim.learning_rate = 4, 1e-3
     config.update_from_flattened_dict(fields)
     validate(config)
     for same in (config, from_json(to_json(config))):
         assert members.kind_of_members(same) == kind
-        assert members.members_of(same) == members
+        assert members.members_of(same) == expected
 
 
 def test_members_begin_as_runs_with_their_seeds():

@@ -98,7 +98,7 @@ def run_of(folder, root, shifts, members, has_test=True, **changes):
 
 def finish_run(run, state):
     with contextlib.closing(run.log):
-        assess.finish(run, state)
+        assess.assess(run, state)
 
 
 def read(folder, name):

@@ -17,7 +17,7 @@ from jaxseg.experiment.portable import ExportProblem
 from jaxseg.inference import resampling
 from jaxseg.run import checkpoint, weights
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg import predict as predict_lib
+from jaxseg import predict
 from jaxseg.data.images import read_image
 from jaxseg.data.predictions import FolderProblem
 from jaxseg.experiment import predict_folder as predict_lib
@@ -85,7 +85,7 @@ def expected_values(image):
 def run_command(*arguments):
     """Exit status of the command in this process; 0 where it just returns."""
     try:
-        predict_lib.main(["predict", *arguments])
+        predict.main(["predict", *arguments])
     except SystemExit as leaving:
         return leaving.code or 0
     return 0

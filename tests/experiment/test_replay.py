@@ -9,7 +9,7 @@ import pytest
 
 from jaxseg import reproduce
 from jaxseg.config import base_config, to_json
-from jaxseg.experiment import gather
+from jaxseg.experiment import gather, replay
 from jaxseg.run import identity
 from jaxseg.run import log as run_log
 
@@ -48,7 +48,7 @@ def replay_as(monkeypatch):
     calls = []
 
     def replay_as(changes=None, num_members=None, fingerprint="f" * 64):
-        def replay(config, data, log, num_steps):
+        def stand_in(config, data, log, num_steps):
             calls.append((to_json(config), type(log), num_steps))
             for step in range(1, num_steps + 1):
                 metrics = metrics_of(step, num_members) | (changes or {}).get(step, {})
@@ -57,7 +57,7 @@ def replay_as(monkeypatch):
 
         data = types.SimpleNamespace(fingerprint=fingerprint)
         monkeypatch.setattr(gather, "load_data", lambda config, log: data)
-        monkeypatch.setattr(replay, "replay", replay)
+        monkeypatch.setattr(replay, "replay", stand_in)
         return calls
 
     return replay_as

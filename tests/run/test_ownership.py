@@ -29,7 +29,7 @@ with owning({str(tmp_path)!r}):
             stdin=pipe,
             stdout=pipe,
             text=True,
-            cwd=pathlib.Path(ownership.__file__).parents[1],
+            cwd=pathlib.Path(ownership.__file__).parents[2],
         )
         children.append(child)
         assert child.stdout.readline() == "owned\n"

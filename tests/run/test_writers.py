@@ -32,7 +32,7 @@ def open_log(tmp_path):
 def clock(monkeypatch):
     """Seconds that pass only when a test says so."""
     now = [100.0]
-    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
     return now
 
 
