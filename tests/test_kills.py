@@ -56,7 +56,7 @@ def fit(run, state, first_step, stop_at, original=train.fit):
     return original(dataclasses.replace(run, train_step=train_step), state, first_step, stop_at)
 
 train.fit = fit
-validate.validate = noting("validating", validate.validate)
+train.validate = noting("validating", train.validate)
 train.assess = noting("finishing", train.assess)
 jax.config.update("jax_compilation_cache_dir", compiled)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,4 +1,4 @@
-"""A built wheel in a new environment, far from the repository: it predicts, and says what it lacks."""
+"""A built wheel in a new environment, far from the repository: it predicts, says what it lacks."""
 
 import os
 import pathlib

@@ -7,7 +7,7 @@ import pytest
 from jaxseg.config import base_config, from_json, to_json
 from jaxseg.config_checks import validate
 from jaxseg.experiment import build, gather
-from jaxseg.experiment.members import Member
+from jaxseg.experiment.members import Member, kind_of_members, members_of
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_members_are_what_single_runs_would_train(kind, fields, expected):
     config.update_from_flattened_dict(fields)
     validate(config)
     for same in (config, from_json(to_json(config))):
-        assert members.kind_of_members(same) == kind
-        assert members.members_of(same) == expected
+        assert kind_of_members(same) == kind
+        assert members_of(same) == expected
 
 
 def test_members_begin_as_runs_with_their_seeds():
