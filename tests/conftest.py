@@ -1,5 +1,6 @@
 """What every test may use."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -16,14 +17,35 @@ import pytest
 from jaxseg.config import base_config
 from jaxseg.experiment import train
 
+# Programs that run a few times need not be fast, but soon there: this halves the time of all tests.
+# It is for this process alone. Commands that tests start, among them all whose bits are compared
+# between processes, are compiled as a user's are; XLA_FLAGS="" pytest compiles everything so.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_configure():
+    if "XLA_FLAGS" not in os.environ:
+        os.environ["XLA_FLAGS"] = QUICK
+        jax.devices()  # reads the flags, once and for all
+        del os.environ["XLA_FLAGS"]
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that all workers of this session share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
+def compile_once(shared_folder):
     """Keeps compiled programs for the session: many tests train the same tiny network."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_compilation_cache_dir", str(shared_folder / "compiled_here"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared_folder / "compiled_by_commands")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture
@@ -49,10 +71,18 @@ def make_msd_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
+def finished_run(shared_folder):
     """(workdir, data folder) of a tiny 2D network, trained on what make_msd_folder makes."""
-    folder = tmp_path_factory.mktemp("finished")
-    data = _msd_folders_in(folder)(num_cases=8)
+    folder = shared_folder / "finished"
+    with open(shared_folder / "finished.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker trains, the others wait for it
+        if not folder.exists():
+            folder.mkdir()
+            _train_on(_msd_folders_in(folder)(num_cases=8), folder)
+    return folder / "run", folder / "msd"
+
+
+def _train_on(data, folder):
     config = base_config("unet")
     config.workdir = str(folder / "run")
     config.data.dir = str(data)
@@ -65,7 +95,6 @@ def finished_run(tmp_path_factory):
     config.train.batch_size = 4
     config.train.eval_every = 80
     train.train(config)
-    return folder / "run", data
 
 
 def _msd_folders_in(folder_of_all):

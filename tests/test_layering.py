@@ -1,8 +1,7 @@
 """Who may import whom: a file imports from its own room and those below it, and nothing else."""
 
 import ast
-import concurrent.futures
-import os
+import json
 import pathlib
 import subprocess
 import sys
@@ -198,18 +197,26 @@ def test_nothing_is_pickled():
     assert {name: found for name, found in named.items() if found} == {"weights.py": {"pickle"}}
 
 
-def loaded_by(module):
-    """Top-level packages that a fresh Python has loaded after it has imported a module."""
-    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    command = [sys.executable, "-c", code]
+def loaded_after_each(modules):
+    """Top-level packages that a fresh Python has loaded after each of some imports, one by one."""
+    code = (
+        "import importlib, json, sys\n"
+        "for module in sys.argv[1:]:\n"
+        "    importlib.import_module(module)\n"
+        "    print(json.dumps([module, sorted({n.partition('.')[0] for n in sys.modules})]))\n"
+    )
+    command = [sys.executable, "-c", code, *modules]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return set(done.stdout.split())
+    return {module: set(loaded) for module, loaded in map(json.loads, done.stdout.splitlines())}
 
 
-def test_pure_modules_load_nothing_heavy_and_light_commands_no_extras():
+def test_pure_modules_load_nothing_heavy():
     pure = [module for module in MODULES if is_pure(module) and "__main__" not in module]
     assert len(pure) >= 30
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        loaded = dict(zip((*pure, *LIGHT), pool.map(loaded_by, (*pure, *LIGHT)), strict=True))
-    assert {module: loaded[module] & HEAVY for module in pure} == {module: set() for module in pure}
-    assert {module: loaded[module] & EXTRAS for module in LIGHT} == {m: set() for m in LIGHT}
+    loaded = loaded_after_each(pure)
+    assert {m: packages & HEAVY for m, packages in loaded.items()} == {m: set() for m in pure}
+
+
+def test_commands_of_the_plain_install_load_no_extra():
+    loaded = loaded_after_each(LIGHT)
+    assert {m: packages & EXTRAS for m, packages in loaded.items()} == {m: set() for m in LIGHT}

@@ -276,7 +276,7 @@ def runs(tmp_path_factory):
     """What each process saw, by its dtype."""
     folder = tmp_path_factory.mktemp("runs")
     # Programs that run once need not be fast, but soon there.
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     processes = {
         dtype: subprocess.Popen(
             [sys.executable, "-W", "error", __file__, dtype, folder / f"{dtype}.npz"],
