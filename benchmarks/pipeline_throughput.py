@@ -23,8 +23,9 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+from jaxseg import command
+
+command.prepare_environment()
 
 import nibabel
 import numpy as np

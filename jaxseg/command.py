@@ -23,6 +23,20 @@ EXTRAS = {
 }
 
 
+# What TensorFlow and XLA read when they are loaded, unless the user has set it.
+ENVIRONMENT = {
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # oneDNN would make sums depend on the number of threads
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # start-up notes say nothing to a person who trains a network
+    "TF_USE_LEGACY_KERAS": "1",  # and so none: Keras is not used, and takes 1.7 s to load
+}
+
+
+def prepare_environment() -> None:
+    """Sets what TensorFlow and XLA are to find when they are loaded; to be called before that."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def parse(
     name: str,
     argv: Sequence[str],

@@ -39,6 +39,7 @@ def _define_flags(options):
 
 def run() -> None:
     """Console script."""
+    command.prepare_environment()
     main(sys.argv)
 
 

@@ -13,11 +13,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-# Read when TensorFlow is loaded. oneDNN would make its sums depend on the number of threads; the
-# start-up notes say nothing to a person who trains a network.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -43,11 +38,11 @@ def main(argv: Sequence[str]) -> None:
     if _CONFIG.value is None:
         _exit("say which experiment: --config=configs/unet.py")
     logging.set_verbosity(logging.ERROR)
-    from jaxseg import parallel  # after the flags: JAX takes a second to load
-
     try:
         config_checks.validate(_CONFIG.value)
         command.hide_accelerators()
+        from jaxseg import parallel  # TensorFlow and JAX take seconds to load
+
         if _DISTRIBUTED.value:
             parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         command.keep_compiled(_CONFIG.value.compile.cache_dir)
@@ -134,6 +129,7 @@ def _exit(message: str, status: int = 2) -> NoReturn:
 
 def run() -> None:
     """Console script."""
+    command.prepare_environment()
     if "-h" not in sys.argv and "--help" not in sys.argv:
         import jax
 

@@ -78,6 +78,7 @@ def _outputs(options):
 
 def run() -> None:
     """Console script."""
+    command.prepare_environment()
     main(sys.argv)
 
 

@@ -11,10 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-# As jaxseg.main does: read when TensorFlow is loaded, and decides the sums of the augmentation.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from absl import flags, logging
 from tqdm import tqdm
 
@@ -48,6 +44,7 @@ def _define_flags(options):
 
 def run() -> None:
     """Console script."""
+    command.prepare_environment()
     main(sys.argv)
 
 

@@ -1,13 +1,16 @@
 """What every test may use."""
 
+import dataclasses
 import fcntl
 import json
+import multiprocessing
 import os
 import pathlib
+import time
 
-# As jaxseg.main does: sums that do not depend on the number of threads, and no start-up notes.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from jaxseg import command
+
+command.prepare_environment()
 
 import jax
 import nibabel as nib
@@ -21,6 +24,23 @@ from jaxseg.experiment import train
 # It is for this process alone. Commands that tests start, among them all whose bits are compared
 # between processes, are compiled as a user's are; XLA_FLAGS="" pytest compiles everything so.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+# What a forked process does: it becomes what `code` says, most often a command.
+FORKED = """
+import os, runpy, sys
+import jax
+from jax._src import xla_bridge
+
+assert not xla_bridge.backends_are_initialized()  # a fork would have broken them
+for number, path in enumerate(outputs, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+os.environ.update(environment)
+for name, value in settings.items():
+    jax.config.update(name, value)
+sys.argv = argv
+exec(code)
+"""
+COMMAND = 'runpy.run_module(argv[0], run_name="__main__", alter_sys=True)'
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -68,6 +88,65 @@ def make_msd_folder(tmp_path):
     Each case holds a bright box (class 1) and a brighter one (class 2); spacing is in mm.
     """
     return _msd_folders_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Source of what a forked process does, for tests that fork by themselves."""
+    return FORKED
+
+
+@pytest.fixture(scope="session")
+def fork(compile_once):
+    """Function that starts a command in a process whose imports are done; returns the process.
+
+    Python's fork server has imported what takes seconds, once for all of them, and started nothing:
+    its children are as good as new.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jaxseg.experiment.train"])
+    processes = []
+
+    def start(*argv, outputs=(os.devnull,) * 2, code=COMMAND, names=(), settings=(), **environment):
+        """Of `python -m argv`; outputs are files for stdout and stderr, settings those of JAX."""
+        given = {
+            "argv": [*map(str, argv)],
+            "outputs": [*map(str, outputs)],
+            "code": code,
+            "settings": dict(settings),
+            "environment": environment,
+        }
+        process = context.Process(target=exec, args=(FORKED, given | dict(names)))
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_command(fork, tmp_path):
+    """Function that runs `python -m` of its arguments to the end; returns what became of it."""
+
+    def run(*argv):
+        outputs = [tmp_path / f"{name}.{time.monotonic_ns()}" for name in ("stdout", "stderr")]
+        process = fork(*argv, outputs=outputs, XLA_FLAGS=QUICK)
+        process.join(300)
+        return Done(process.exitcode, *(path.read_text() for path in outputs))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -25,17 +25,27 @@ TINY = (
 )
 
 
-def run_main(tmp_path, *arguments, config="configs/unet.py"):
-    command = [sys.executable, "-m", "jaxseg.main", f"--config={config}"]
-    command += [f"--config.workdir={tmp_path}/run", f"--config.data.cache_dir={tmp_path}/cache"]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
+@pytest.fixture
+def run_main(run_command, tmp_path):
+    """Function that runs the main command in folders of its own."""
+
+    def run(*arguments, config="configs/unet.py"):
+        return run_command(*command_line(tmp_path, config), *arguments)
+
+    return run
+
+
+def command_line(folder, config):
+    own = [f"--config.workdir={folder}/run", f"--config.data.cache_dir={folder}/cache"]
+    return ["jaxseg.main", f"--config={config}", *own]
 
 
 def test_volumes_in_trained_network_and_scores_out(tmp_path, make_msd_folder):
     data = make_msd_folder(num_cases=8)
-    done = run_main(tmp_path, f"--config.data.dir={data}", *TINY)
+    line = [*command_line(tmp_path, "configs/unet.py"), f"--config.data.dir={data}", *TINY]
+    done = subprocess.run(
+        [sys.executable, "-m", *line], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
 
@@ -83,10 +93,9 @@ def make_pictures(tmp_path):
     return data
 
 
-def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
+def test_pictures_in_trained_fcn_and_masks_out(run_main, tmp_path):
     data = make_pictures(tmp_path)
     done = run_main(
-        tmp_path,
         f"--config.data.dir={data}",
         "--config.data.kind=images",
         "--config.data.image_glob=images/*.png",
@@ -107,12 +116,13 @@ def test_pictures_in_trained_fcn_and_masks_out(tmp_path):
             assert image.size == (52, 40)
 
 
-def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(tmp_path, make_msd_folder):
+def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(
+    run_main, tmp_path, make_msd_folder
+):
     network = ("--config.model.features=(4,8)", "--config.model.dropout=0.0")
     steps = ("--config.train.num_steps=20", "--config.train.eval_every=20")
     steps += ("--config.optim.warmup_steps=0", "--config.train.batch_size=2")
     done = run_main(
-        tmp_path,
         f"--config.data.dir={make_pictures(tmp_path)}",
         f"--config.workdir={tmp_path}/pretrained",
         "--config.data.patch_size=(44,44)",
@@ -125,7 +135,6 @@ def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(tmp_path,
         assert image.size == (52, 40)
 
     done = run_main(
-        tmp_path,
         f"--config.data.dir={make_msd_folder()}",
         f"--config.init.checkpoint={tmp_path}/pretrained",
         '--config.optim.groups=(("encoder", 0.0, 0),)',
@@ -165,25 +174,23 @@ def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(tmp_path,
     ],
 )
 def test_weights_and_groups_that_do_not_fit_are_one_message(
-    tmp_path, make_msd_folder, arguments, words
+    run_main, make_msd_folder, arguments, words
 ):
-    done = run_main(tmp_path, f"--config.data.dir={make_msd_folder()}", *TINY, *arguments)
+    done = run_main(f"--config.data.dir={make_msd_folder()}", *TINY, *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words)
 
 
-def test_a_patch_that_an_unpadded_network_can_not_take_is_refused_at_once(tmp_path):
-    done = run_main(tmp_path, "--config.model.padding=valid", "--config.model.down=max_pool")
+def test_a_patch_that_an_unpadded_network_can_not_take_is_refused_at_once(run_main, tmp_path):
+    done = run_main("--config.model.padding=valid", "--config.model.down=max_pool")
     assert done.returncode == 2
     assert "must halve its maps exactly" in done.stderr and "(104, 120)" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_every_misspelt_field_and_value_is_listed_with_the_nearest(tmp_path):
-    done = run_main(
-        tmp_path, "--config.optim.learning_rat=1", "--config.trian.x=3", "--config.seed=x"
-    )
+def test_every_misspelt_field_and_value_is_listed_with_the_nearest(run_main):
+    done = run_main("--config.optim.learning_rat=1", "--config.trian.x=3", "--config.seed=x")
     assert done.returncode == 2
     assert (
         '--config.optim.learning_rat=1: no such field; did you mean "learning_rate"?' in done.stderr
@@ -193,9 +200,8 @@ def test_every_misspelt_field_and_value_is_listed_with_the_nearest(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_every_config_problem_is_reported_before_any_work(tmp_path):
+def test_every_config_problem_is_reported_before_any_work(run_main, tmp_path):
     done = run_main(
-        tmp_path,
         "--config.loss.name=soft_dise",
         "--config.model.norm=instnce",
         "--config.train.batch_size=0",
@@ -208,14 +214,16 @@ def test_every_config_problem_is_reported_before_any_work(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_every_data_problem_is_reported_and_nothing_is_prepared(tmp_path, make_msd_folder):
+def test_every_data_problem_is_reported_and_nothing_is_prepared(
+    run_main, tmp_path, make_msd_folder
+):
     data = make_msd_folder()
     (data / "labelsTr" / "case_05.nii.gz").unlink()
     (data / "imagesTr" / "case_01.nii.gz").write_bytes(b"")
     label = nib.load(data / "labelsTr" / "case_03.nii.gz")
     moved = nib.Nifti1Image(np.asarray(label.dataobj) + 7, label.affine + np.eye(4))
     nib.save(moved, data / "labelsTr" / "case_03.nii.gz")
-    done = run_main(tmp_path, f"--config.data.dir={data}", *TINY)
+    done = run_main(f"--config.data.dir={data}", *TINY)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "affine" in done.stderr

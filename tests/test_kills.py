@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import random
@@ -27,16 +26,10 @@ CHECKPOINT_EVERY = 3
 ROOT = pathlib.Path(checkpoint.__file__).parents[2]
 # What a process does: it becomes the command, and notes what it has come to.
 CODE = """
-import dataclasses, itertools, os, runpy, sys
-import jax
-from jax._src import xla_bridge
+import dataclasses, itertools, os, runpy
 from jaxseg.experiment import train
 
-assert not xla_bridge.backends_are_initialized()  # a fork would have broken them
 notes = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-output = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-os.dup2(output, 1)
-os.dup2(output, 2)
 
 def note(line):
     os.write(notes, f"{line}\\n".encode())
@@ -58,42 +51,38 @@ def fit(run, state, first_step, stop_at, original=train.fit):
 train.fit = fit
 train.validate = noting("validating", train.validate)
 train.assess = noting("finishing", train.assess)
-jax.config.update("jax_compilation_cache_dir", compiled)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-sys.argv = argv
 runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.fixture(scope="module")
-def command(config_file):
+def command(fork, config_file):
     """Function that starts `python -m` a module of jaxseg with a workdir; returns the process.
 
-    Python's fork server has imported what takes seconds, once for all of them, and started nothing:
-    its children are as good as new (CODE looks, and a true new process is compared below).
+    It is forked from one that has imported what it needs (a true new process is compared below).
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jaxseg.experiment.train"])
-    compiled = str(config_file.parent / "compiled")
-    processes = []
 
     def start(workdir, *arguments, module="jaxseg.main"):
         prefix = "config." if module == "jaxseg.main" else ""
-        given = {
-            "argv": [module, *arguments, f"--{prefix}workdir={workdir}"],
-            "notes": f"{workdir}.notes",
-            "output": f"{workdir}.output",
-            "compiled": compiled,
-        }
-        process = context.Process(target=exec, args=(CODE, given))
-        process.start()
-        processes.append(process)
-        return process
+        return fork(
+            module,
+            *arguments,
+            f"--{prefix}workdir={workdir}",
+            outputs=(f"{workdir}.output",) * 2,
+            code=CODE,
+            names={"notes": f"{workdir}.notes"},
+            settings=kept_in(config_file),
+        )
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.join()
+    return start
+
+
+def kept_in(config_file):
+    """JAX's settings that keep compiled programs beside a config."""
+    return {
+        "jax_compilation_cache_dir": str(config_file.parent / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +195,8 @@ def in_a_new_process(command, config_file):
     workdir = config_file.parent / "new_process"
     line = [sys.executable, "-m", *command_line(config_file, workdir)]
     with open(f"{workdir}.first", "w") as output:
-        first = subprocess.Popen(line, stdout=output, stderr=output, cwd=ROOT)
+        environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        first = subprocess.Popen(line, stdout=output, stderr=output, cwd=ROOT, env=environment)
     while not (workdir / run_log.TRACE_NAME).exists():
         assert first.poll() is None
         time.sleep(0.01)
@@ -335,7 +325,7 @@ def attempt(name):
     pid = os.fork()
     if not pid:
         try:
-            exec(code, given | {"output": output, "notes": f"{scratch}/notes"})
+            exec(forked, given | {"outputs": [output] * 2, "notes": f"{scratch}/notes"})
         except SystemExit as end:
             os._exit(end.code or 0)
         except BaseException:
@@ -368,7 +358,7 @@ shutil.copytree(f"{disk}/run", f"{scratch}/run")
 
 @pytest.mark.multiprocess
 def test_a_full_and_a_read_only_disk_stop_a_run_that_goes_on_once_they_are_mended(
-    config_file, uninterrupted, template, tmp_path
+    forked, config_file, uninterrupted, template, tmp_path
 ):
     disk, scratch = tmp_path / "disk", tmp_path / "scratch"
     disk.mkdir()
@@ -381,9 +371,11 @@ def test_a_full_and_a_read_only_disk_stop_a_run_that_goes_on_once_they_are_mende
         pytest.skip(f"no file system can be mounted here: {error}")
     given = {
         "argv": command_line(config_file, disk / "run"),
-        "compiled": str(config_file.parent / "compiled"),
+        "code": CODE,
+        "settings": kept_in(config_file),
+        "environment": {},
     }
-    names = {"disk": str(disk), "scratch": str(scratch), "code": CODE, "given": given}
+    names = {"disk": str(disk), "scratch": str(scratch), "forked": forked, "given": given}
     start = "\n".join(f"{name} = {value!r}" for name, value in names.items())
     python = [sys.executable, "-c", start + DISK]
     done = subprocess.run(
@@ -417,10 +409,10 @@ def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
     before, latest = visible_steps(workdir)[-2:]
     assert latest == NUM_STEPS
     saved = workdir / "checkpoints" / str(latest)
-    largest = max(saved.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    for path in saved.glob("state/**/d/*"):  # of which some hold what nothing refers to
+        content = path.read_bytes()
+        half = len(content) // 2
+        path.write_bytes(content[:half] + bytes(byte ^ 1 for byte in content[half:]))
 
     process = command(workdir, f"--config={config_file}")
     process.join()

@@ -1,5 +1,6 @@
 """Several processes, for real: joined by jax.distributed over gloo, they train, die and go on."""
 
+import collections.abc
 import contextlib
 import dataclasses
 import json
@@ -8,8 +9,6 @@ import pathlib
 import runpy
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -47,10 +46,9 @@ SETTINGS = {
 }
 STRICT = {"parallel.virtual_shards": 4}
 
-# Runs before the command: `{action}` is done whenever a batch is fetched, `count` before it.
+# The command, but `{action}` is done whenever a batch is fetched, `count` before it.
 PATCHED = """
 import os, signal, time
-from jaxseg import main
 from jaxseg.data import pipeline
 
 train_batches = pipeline.train_batches
@@ -61,8 +59,8 @@ def interrupted(*args, **kwargs):
         yield batch
 
 pipeline.train_batches = interrupted
-main.run()
 """
+COMMAND = 'import runpy; runpy.run_module(argv[0], run_name="__main__", alter_sys=True)'
 KILL = f"if count == {KILLED_AT}: os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -80,6 +78,7 @@ class Lab:
     """One set of images, one folder of compiled programs, and what was trained with them."""
 
     folder: pathlib.Path
+    fork: collections.abc.Callable
 
     def settings(self, name, **changes):
         own = {
@@ -100,12 +99,14 @@ class Lab:
             port = found.getsockname()[1]
         command = ["--config=configs/unet.py"]
         command += [f"--config.{name}={value}" for name, value in settings.items()]
-        environment = os.environ | {
+        environment = {
             "NPROC": "8",  # XLA's threads, by which it cuts sums: like 8 devices, however many
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        jax_settings = {
+            "jax_platforms": "cpu",
+            "jax_compilation_cache_dir": str(self.folder / "compiled"),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
         }
         processes = []
         try:
@@ -123,24 +124,25 @@ class Lab:
                 elif joined:
                     joined += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
                     joined += [f"--process_id={index}"]
-                program = ["-m", "jaxseg.main"]
-                if index in (actions or {}):
-                    program = ["-c", PATCHED.format(action=actions[index])]
-                with open(f"{settings['workdir']}.{index}.err", "w") as error:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, *program, *joined, *command],
-                            cwd=ROOT,
-                            env=environment,
-                            stdout=subprocess.DEVNULL,
-                            stderr=error,
-                        )
+                patch = PATCHED.format(action=actions[index]) if index in (actions or {}) else ""
+                error = pathlib.Path(f"{settings['workdir']}.{index}.err")
+                error.unlink(missing_ok=True)
+                processes.append(
+                    self.fork(
+                        "jaxseg.main",
+                        *joined,
+                        *command,
+                        outputs=(os.devnull, error),
+                        code=f"{patch}\n{COMMAND}",
+                        settings=jax_settings,
+                        **environment,
                     )
+                )
             yield processes
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
 
     def run(self, count, settings, **options):
         """Starts processes and waits for all; returns what became of each as a list of Ended."""
@@ -149,7 +151,7 @@ class Lab:
             deadline = time.time() + CHILD_TIMEOUT_S
             while None in when and time.time() < deadline:
                 for index, process in enumerate(processes):
-                    if when[index] is None and process.poll() is not None:
+                    if when[index] is None and process.exitcode is not None:
                         when[index] = time.time()
                 time.sleep(0.05)
         errors = [
@@ -157,7 +159,7 @@ class Lab:
         ]
         assert None not in when, f"still running after {CHILD_TIMEOUT_S} s: {when}\n{errors}"
         return [
-            Ended(process.returncode, error, end)
+            Ended(process.exitcode, error, end)
             for process, error, end in zip(processes, errors, when, strict=True)
         ]
 
@@ -174,7 +176,7 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(fork, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     for name in ("images", "masks"):
         (folder / "images" / name).mkdir(parents=True)
@@ -185,7 +187,7 @@ def lab(tmp_path_factory):
         image = (rng.normal(80, 10, mask.shape) + 90 * mask).astype(np.uint8)
         Image.fromarray(image).save(folder / "images" / "images" / f"{index}.png")
         Image.fromarray(255 * mask.astype(np.uint8)).save(folder / "images/masks" / f"{index}.png")
-    return Lab(folder)
+    return Lab(folder, fork)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +328,8 @@ def test_one_of_four_that_hangs_stops_the_others_and_two_go_on(lab, alone):
         while stat.read_text().split()[2] != "T" and time.time() < deadline:
             time.sleep(0.05)
         for index in (0, 1, 3):
-            assert processes[index].wait(HEARTBEAT_TIMEOUT_S + STOP_WITHIN_S) != 0
+            processes[index].join(HEARTBEAT_TIMEOUT_S + STOP_WITHIN_S)
+            assert processes[index].exitcode not in (0, None)
             assert any(message in errors[index].read_text() for message in MESSAGES)
     workdir = pathlib.Path(settings["workdir"])
     assert_whole(workdir)
