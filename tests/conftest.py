@@ -91,6 +91,12 @@ def make_msd_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def quick():
+    """Environment in which a process compiles as this one does."""
+    return {"XLA_FLAGS": os.environ.get("XLA_FLAGS", QUICK)}
+
+
+@pytest.fixture(scope="session")
 def forked():
     """Source of what a forked process does, for tests that fork by themselves."""
     return FORKED

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -27,7 +28,8 @@ def config(tmp_path, make_msd_folder):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, finished_run):
     """Config of a run that is complete; tests leave it so."""
-    config = tiny_config(tmp_path_factory.mktemp("trained"), finished_run[1])
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(folder, shutil.copytree(finished_run[1], folder / "data"))
     assert train.train(config) is None
     return config
 
@@ -48,6 +50,12 @@ def tiny_config(folder, data):
     config.train.eval_every = 4
     config.train.checkpoint_every = 2
     return config
+
+
+@pytest.fixture
+def not_assessed(monkeypatch):
+    """What follows the last step takes time, and no part in these tests."""
+    monkeypatch.setattr(train, "assess", lambda run, state: None)
 
 
 def copy_of(config):
@@ -75,6 +83,7 @@ def stop_after(monkeypatch, number, batches):
     monkeypatch.setattr(pipeline, "train_batches", interrupted)
 
 
+@pytest.mark.usefixtures("not_assessed")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     trained, tmp_path, monkeypatch, number
@@ -100,6 +109,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     assert steps == sorted(set(steps)) and steps[-1] == NUM_STEPS
 
 
+@pytest.mark.usefixtures("not_assessed")
 def test_same_seed_same_parameters_other_seed_other_parameters(trained, tmp_path):
     states = [saved_state(trained)]
     for seed in (0, 1):
@@ -144,6 +154,7 @@ def test_other_data_is_refused(trained):
         path.write_text(original)
 
 
+@pytest.mark.usefixtures("not_assessed")
 def test_nothing_is_refused_before_the_first_checkpoint(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", lambda *args: (_ for _ in ()).throw(OSError("disk")))
@@ -197,6 +208,7 @@ def test_non_finite_gradient_of_a_finite_loss_stops_too():
         train.mean_metrics(rows, 7)
 
 
+@pytest.mark.usefixtures("not_assessed")
 def test_a_metrics_line_that_a_crash_cut_does_not_stop_resuming(config, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, signal.SIGTERM, batches=4)

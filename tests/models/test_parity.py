@@ -110,11 +110,12 @@ class Errors:
         self.name, self.rows = name, {}
 
     def add(self, kind, ours, theirs):
-        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
         assert ours.shape == theirs.shape
-        scale = np.max(np.abs(theirs))
+        scale = max(theirs.max(), -theirs.min())
         assert scale > 0, f"{kind}: nothing to compare"
-        absolute = np.max(np.abs(ours - theirs))
+        difference = ours - theirs
+        absolute = max(difference.max(), -difference.min())
         before = self.rows.get(kind, (0.0, 0.0))
         self.rows[kind] = (max(before[0], absolute), max(before[1], absolute / scale))
 

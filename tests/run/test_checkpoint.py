@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -336,7 +337,13 @@ def test_the_digest_is_that_of_the_bytes():
     assert checkpoint.digest(renamed) != zeros[0]
 
 
-def start_child(code, directory, prefix=()):
+@pytest.fixture
+def start_child(quick):
+    """Function as `child_of`; what it starts compiles as this process does."""
+    return functools.partial(child_of, quick)
+
+
+def child_of(quick, code, directory, prefix=()):
     """Starts Python with what this file has to offer; code sees `directory` and `manager`."""
     start = f"""
         import os, resource, signal, sys
@@ -352,7 +359,7 @@ def start_child(code, directory, prefix=()):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | compiled_once
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | compiled_once | quick
     )
 
 
@@ -367,7 +374,9 @@ def small_filesystem(folder):
     return (*unshared, mount + '"$@"', "sh")
 
 
-def test_killed_at_any_moment_every_checkpoint_that_is_seen_is_whole(directory, reopen):
+def test_killed_at_any_moment_every_checkpoint_that_is_seen_is_whole(
+    start_child, directory, reopen
+):
     code = """
         step = max(manager.all_steps(), default=0)
         while True:
@@ -411,7 +420,7 @@ def test_an_old_step_is_out_of_sight_before_its_first_file_is_removed(
     [["File too large"], ["No space left on device", "Read-only file system"]],
     ids=["a limit", "a disk"],
 )
-def test_a_disk_that_takes_no_more(tmp_path, reasons):
+def test_a_disk_that_takes_no_more(start_child, tmp_path, reasons):
     """The message says what could not be written; what was saved before is kept and restored."""
     code = f"""
         def file_too_large():
