@@ -52,6 +52,11 @@ def pytest_configure():
         del os.environ["XLA_FLAGS"]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that start processes take longest: they begin first, so that all workers end alike."""
+    items.sort(key=lambda item: "multiprocess" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory):
     """A folder that all workers of this session share."""

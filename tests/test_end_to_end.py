@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +10,8 @@ from PIL import Image
 
 from jaxseg.run import checkpoint
 from jaxseg.run import log as run_log
+
+pytestmark = pytest.mark.multiprocess
 
 TINY = (
     "--config.data.patch_size=(16,16)",
@@ -30,22 +30,15 @@ def run_main(run_command, tmp_path):
     """Function that runs the main command in folders of its own."""
 
     def run(*arguments, config="configs/unet.py"):
-        return run_command(*command_line(tmp_path, config), *arguments)
+        own = (f"--config.workdir={tmp_path}/run", f"--config.data.cache_dir={tmp_path}/cache")
+        return run_command("jaxseg.main", f"--config={config}", *own, *arguments)
 
     return run
 
 
-def command_line(folder, config):
-    own = [f"--config.workdir={folder}/run", f"--config.data.cache_dir={folder}/cache"]
-    return ["jaxseg.main", f"--config={config}", *own]
-
-
-def test_volumes_in_trained_network_and_scores_out(tmp_path, make_msd_folder):
+def test_volumes_in_trained_network_and_scores_out(run_main, tmp_path, make_msd_folder):
     data = make_msd_folder(num_cases=8)
-    line = [*command_line(tmp_path, "configs/unet.py"), f"--config.data.dir={data}", *TINY]
-    done = subprocess.run(
-        [sys.executable, "-m", *line], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_main(f"--config.data.dir={data}", *TINY)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
 

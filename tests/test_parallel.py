@@ -21,6 +21,8 @@ from jaxseg.training.optim import create_optimizer
 from jaxseg.training.state import TrainState
 from jaxseg.training.steps import eval_step, over_members, train_step
 
+pytestmark = pytest.mark.multiprocess
+
 COUNTS = (1, 2, 4, 8)
 FEW_STEPS = 4
 SEEDS = (0, 1)

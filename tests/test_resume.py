@@ -17,6 +17,8 @@ from jaxseg.experiment import setup, train
 from jaxseg.run import checkpoint
 from jaxseg.run import log as run_log
 
+pytestmark = pytest.mark.multiprocess
+
 NUM_STEPS = 8
 
 

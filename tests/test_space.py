@@ -22,6 +22,8 @@ from jaxseg.models.blocks import Conv
 from jaxseg.models.unet import UNet
 from jaxseg.training.losses import LOSSES, supervise
 
+pytestmark = pytest.mark.multiprocess
+
 NUM_CLASSES = 3
 
 # name: shape of an image, (batch, space) meshes, loss, fields of the U-Net

@@ -12,6 +12,8 @@ import pytest
 from jaxseg.data.images import read_image
 from jaxseg.experiment import predictor
 
+pytestmark = pytest.mark.multiprocess
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

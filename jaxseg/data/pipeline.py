@@ -58,6 +58,7 @@ def train_batches(
         case = store[case_ids[case_index]]
         return sample_region(case, rng, region, patch_size, foreground_fraction, margin=margin)
 
+    @tf.autograph.experimental.do_not_convert  # there is nothing to convert, and it takes a second
     def load(position):
         step, place = position // local_size, position % local_size
         example = step * batch_size + process_index * local_size + place

@@ -157,9 +157,9 @@ def test_mirroring_a_mirrored_image_mirrors_the_answer():
     assert np.abs(plain - probs).max() > 1e-3
 
 
-def test_three_devices_share_a_volume(tmp_path):
+def test_three_devices_share_a_volume(tmp_path, quick):
     save_probs(tmp_path / "one.npz")
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "3", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | quick | {"JAX_NUM_CPU_DEVICES": "3", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, tmp_path / "three.npz"]
     subprocess.run(command, check=True, env=environment)
     one, three = np.load(tmp_path / "one.npz"), np.load(tmp_path / "three.npz")
