@@ -275,16 +275,17 @@ def seen_in_inference(image, patch_size, margin):
     captured = []
 
     def patch_fn(patches):
-        if not isinstance(patches, jax.core.Tracer):
-            captured.append(np.asarray(patches))
+        jax.debug.callback(lambda seen: captured.append(np.asarray(seen)), patches)
         return jnp.zeros((1, *tiling.window, 2))
 
     size = np.int32(image.shape[:3])
-    with jax.disable_jit():
-        sliding_window.predict_volume(
+
+    @jax.jit
+    def predict(image):
+        return sliding_window.predict_volume(
             patch_fn,
             lambda maps: {"maps": maps},
-            jnp.asarray(image),
+            image,
             size,
             size,
             (0, 1),
@@ -292,6 +293,9 @@ def seen_in_inference(image, patch_size, margin):
             source_box=image.shape[:3],
             num_strips=1,
         )
+
+    jax.block_until_ready(predict(image))
+    jax.effects_barrier()
     (patches,) = captured
     return patches[0, 0] if len(patch_size) == 2 else patches[0]
 

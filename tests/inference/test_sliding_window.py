@@ -108,10 +108,14 @@ def test_tile_starts_by_hand():
 
 @pytest.mark.parametrize(("size", "window", "step"), [(70, 16, 8), (9, 8, 4), (5, 8, 4), (9, 9, 9)])
 def test_tile_weights_are_gaussians_that_sum_to_one(size, window, step):
-    starts, number = sliding_window.tile_starts(size, window, step, 20)
-    weights = np.asarray(sliding_window.tile_weights(starts, number, window))
+    @jax.jit
+    def starts_and_weights():
+        starts, number = sliding_window.tile_starts(size, window, step, 20)
+        return starts, number, sliding_window.tile_weights(starts, number, window)
+
+    starts, number, weights = map(np.asarray, starts_and_weights())
     total = np.zeros(size)
-    for start, row in zip(np.asarray(starts), weights[: int(number)], strict=False):
+    for start, row in zip(starts, weights[: int(number)], strict=False):
         for place in range(max(start, 0), min(start + window, size)):
             total[place] += row[place - start]
     np.testing.assert_allclose(total, 1, rtol=1e-6)
@@ -224,9 +228,14 @@ def test_a_strip_buffer_holds_all_tiles_that_a_strip_needs():
         num_strips = int(rng.integers(1, 6))
         capacity, source_capacity = bucket(size), bucket(source)
         width = sliding_window.strip_buffer_width(capacity, source_capacity, window, num_strips)
-        axis = sliding_window._Axis(size, window, max(window // 2, 1), capacity)
+
+        @jax.jit
+        def tiles_over(*rows, size=size, window=window, capacity=capacity, source=source):
+            axis = sliding_window._Axis(size, window, max(window // 2, 1), capacity)
+            return axis.starts, axis.tiles_over(rows, source)
+
         for strip in range(num_strips):
             rows = source * strip // num_strips, source * (strip + 1) // num_strips
             if rows[0] < rows[1]:
-                first, end = axis.tiles_over(rows, source)
-                assert axis.starts[end - 1] + window - axis.starts[first] <= width
+                starts, (first, end) = tiles_over(*rows)
+                assert starts[end - 1] + window - starts[first] <= width
