@@ -79,6 +79,7 @@ class Lab:
 
     folder: pathlib.Path
     fork: collections.abc.Callable
+    flags: str
 
     def settings(self, name, **changes):
         own = {
@@ -101,7 +102,7 @@ class Lab:
         command += [f"--config.{name}={value}" for name, value in settings.items()]
         environment = {
             "NPROC": "8",  # XLA's threads, by which it cuts sums: like 8 devices, however many
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{self.flags} --xla_force_host_platform_device_count={devices}",
         }
         jax_settings = {
             "jax_platforms": "cpu",
@@ -176,7 +177,7 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(fork, tmp_path_factory):
+def lab(fork, quick, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     for name in ("images", "masks"):
         (folder / "images" / name).mkdir(parents=True)
@@ -187,7 +188,7 @@ def lab(fork, tmp_path_factory):
         image = (rng.normal(80, 10, mask.shape) + 90 * mask).astype(np.uint8)
         Image.fromarray(image).save(folder / "images" / "images" / f"{index}.png")
         Image.fromarray(255 * mask.astype(np.uint8)).save(folder / "images/masks" / f"{index}.png")
-    return Lab(folder, fork)
+    return Lab(folder, fork, quick["XLA_FLAGS"])
 
 
 @pytest.fixture(scope="module")

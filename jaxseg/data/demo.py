@@ -4,6 +4,7 @@ Each case is the MNI152 2009a template (T1, grey and white matter maps), read fr
 nilearn package, under its own smooth deformation, tissue contrast, bias field and noise.
 """
 
+import concurrent.futures
 import gzip
 import importlib.util
 import json
@@ -107,11 +108,21 @@ def create_demo_cohort(
         cohort = os.path.join(staging, "cohort")
         for folder in ("imagesTr", "labelsTr"):
             os.makedirs(os.path.join(cohort, folder))
-        entries = enumerate(metadata["training"])
-        for k, entry in progress(list(entries)) if progress else entries:
+        entries = list(enumerate(metadata["training"]))
+
+        def write_case(k, entry):
             image, label = create_case(template, seed, k)
             write_nifti(os.path.join(cohort, entry["image"]), image, affine)
             write_nifti(os.path.join(cohort, entry["label"]), label, affine)
+
+        # Threads suffice: SciPy and zlib let go of the interpreter while they compute.
+        pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        try:
+            written = [pool.submit(write_case, *numbered) for numbered in entries]
+            for k, _ in progress(entries) if progress else entries:
+                written[k].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
         with open(os.path.join(cohort, "NOTICE"), "w", encoding="utf-8") as file:
             file.write(NOTICE)
         with open(os.path.join(cohort, "dataset.json"), "w", encoding="utf-8") as file:
