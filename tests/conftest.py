@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from jaxseg.config import base_config
-from jaxseg.experiment import train
 
 # Programs that run a few times need not be fast, but soon there: this halves the time of all tests.
 # It is for this process alone. Commands that tests start, among them all whose bits are compared
@@ -45,8 +44,9 @@ COMMAND = 'runpy.run_module(argv[0], run_name="__main__", alter_sys=True)'
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pytest_configure():
-    if "XLA_FLAGS" not in os.environ:
+def pytest_configure(config):
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses")
+    if runs_tests and "XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = QUICK
         jax.devices()  # reads the flags, once and for all
         del os.environ["XLA_FLAGS"]
@@ -161,18 +161,34 @@ def run_command(fork, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def finished_run(shared_folder):
-    """(workdir, data folder) of a tiny 2D network, trained on what make_msd_folder makes."""
+def boxes(shared_folder):
+    """Folder of eight cases as make_msd_folder makes them, for all to read."""
+    return _once(shared_folder / "boxes", lambda folder: _msd_folders_in(folder)(num_cases=8))
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared_folder, boxes):
+    """(workdir, data folder) of a tiny 2D network that was trained on the boxes."""
     folder = shared_folder / "finished"
-    with open(shared_folder / "finished.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker trains, the others wait for it
-        if not folder.exists():
+    return _once(folder, lambda folder: _train_on(boxes, folder) or folder / "run"), boxes
+
+
+def _once(folder, make):
+    """What `make` returned when the first worker made the folder; the others wait for it."""
+    with open(f"{folder}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        made = lock.read()
+        if not made:
             folder.mkdir()
-            _train_on(_msd_folders_in(folder)(num_cases=8), folder)
-    return folder / "run", folder / "msd"
+            made = str(make(folder))
+            lock.write(made)
+    return pathlib.Path(made)
 
 
 def _train_on(data, folder):
+    from jaxseg.experiment import train  # takes seconds, which the process that waits is spared
+
     config = base_config("unet")
     config.workdir = str(folder / "run")
     config.data.dir = str(data)

@@ -86,11 +86,11 @@ def kept_in(config_file):
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory, finished_run):
+def config_file(tmp_path_factory, boxes):
     """Path of a Python file with a tiny experiment."""
     folder = tmp_path_factory.mktemp("kills")
     config = config_lib.base_config("unet")
-    config.data.dir = str(finished_run[1])
+    config.data.dir = str(boxes)
     config.data.cache_dir = str(folder / "cache")
     config.data.patch_size = (16, 16)
     config.model.features = (4, 8)

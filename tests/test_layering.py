@@ -210,13 +210,9 @@ def loaded_after_each(modules):
     return {module: set(loaded) for module, loaded in map(json.loads, done.stdout.splitlines())}
 
 
-def test_pure_modules_load_nothing_heavy():
+def test_pure_modules_load_nothing_heavy_and_commands_of_the_plain_install_no_extra():
     pure = [module for module in MODULES if is_pure(module) and "__main__" not in module]
     assert len(pure) >= 30
-    loaded = loaded_after_each(pure)
-    assert {m: packages & HEAVY for m, packages in loaded.items()} == {m: set() for m in pure}
-
-
-def test_commands_of_the_plain_install_load_no_extra():
-    loaded = loaded_after_each(LIGHT)
-    assert {m: packages & EXTRAS for m, packages in loaded.items()} == {m: set() for m in LIGHT}
+    loaded = loaded_after_each([*pure, *LIGHT])
+    assert {m: loaded[m] & HEAVY for m in pure} == {m: set() for m in pure}
+    assert {m: loaded[m] & EXTRAS for m in LIGHT} == {m: set() for m in LIGHT}

@@ -28,10 +28,10 @@ def config(tmp_path, make_msd_folder):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, finished_run):
+def trained(tmp_path_factory, boxes):
     """Config of a run that is complete; tests leave it so."""
     folder = tmp_path_factory.mktemp("trained")
-    config = tiny_config(folder, shutil.copytree(finished_run[1], folder / "data"))
+    config = tiny_config(folder, shutil.copytree(boxes, folder / "data"))
     assert train.train(config) is None
     return config
 
