@@ -104,7 +104,7 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def source_revision() -> str | None:
     """Git revision of this source code, with "+changes" if files differ; None outside of git."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[1]
     try:
         if not _git(folder, "ls-files", "--", "__init__.py"):
             return None  # installed into somebody else's repository

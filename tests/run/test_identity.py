@@ -18,14 +18,14 @@ CONFIG = to_json(base_config())
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A git checkout of a package with one file, which `identity` takes for its own."""
+    """A git checkout of a package that `identity` takes for the one it lies in."""
     for name in ("GIT_DIR", "GIT_WORK_TREE"):
         monkeypatch.delenv(name, raising=False)
     package = tmp_path / "checkout" / "jaxseg"
-    package.mkdir(parents=True)
-    for name in ("__init__.py", "identity.py"):
+    (package / "run").mkdir(parents=True)
+    for name in ("__init__.py", "run/identity.py"):
         (package / name).write_text("")
-    monkeypatch.setattr(identity, "__file__", str(package / "identity.py"))
+    monkeypatch.setattr(identity, "__file__", str(package / "run/identity.py"))
     git(package.parent, "init", "-q")
     git(package, "add", ".")
     git(package, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
@@ -102,7 +102,7 @@ def test_outside_of_git_there_is_no_revision(repository, monkeypatch, tmp_path):
     monkeypatch.undo()
     (tmp_path / "installed" / "jaxseg").mkdir(parents=True)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    monkeypatch.setattr(identity, "__file__", str(tmp_path / "installed/jaxseg/identity.py"))
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "installed/jaxseg/run/identity.py"))
     assert identity.source_revision() is None  # no repository
 
 
@@ -110,5 +110,5 @@ def test_the_revision_of_somebody_elses_repository_is_not_ours(repository, monke
     installed = pathlib.Path(repository.parent, "venv", "jaxseg")
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("")
-    monkeypatch.setattr(identity, "__file__", str(installed / "identity.py"))
+    monkeypatch.setattr(identity, "__file__", str(installed / "run/identity.py"))
     assert identity.source_revision() is None
