@@ -22,7 +22,10 @@ from jaxseg.config import base_config
 # Programs that run a few times need not be fast, but soon there: this halves the time of all tests.
 # It is for this process alone. Commands that tests start, among them all whose bits are compared
 # between processes, are compiled as a user's are; XLA_FLAGS="" pytest compiles everything so.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 # What a forked process does: it becomes what `code` says, most often a command.
 FORKED = """

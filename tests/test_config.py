@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -7,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
-from jaxseg.config import ConfigProblems, base_config, differences, to_json
+from jaxseg.config import ConfigProblems, base_config, differences, from_json, to_json
 from jaxseg.config_checks import validate
 
 CONFIG_FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -376,3 +377,14 @@ def test_a_split_file_excludes_other_ways_to_split():
     config.split.num_folds = 5
     with pytest.raises(ConfigProblems, match=r"split\.file already says who is where"):
         validate(config)
+
+
+def test_a_field_that_an_older_version_did_not_have_gets_its_default():
+    config = base_config()
+    config.seed = 5
+    saved = json.loads(to_json(config))
+    del saved["compile"], saved["split"]["seed"]
+    assert from_json(json.dumps(saved)).to_dict() == config.to_dict()
+    saved["split"]["tomorrow"] = 1
+    with pytest.raises(ConfigProblems, match=r"not written by this version of jaxseg.*tomorrow"):
+        from_json(json.dumps(saved))

@@ -274,15 +274,13 @@ def measure_memory():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(quick, tmp_path_factory):
     """What each process saw, by its dtype."""
     folder = tmp_path_factory.mktemp("runs")
-    # Programs that run once need not be fast, but soon there.
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     processes = {
         dtype: subprocess.Popen(
             [sys.executable, "-W", "error", __file__, dtype, folder / f"{dtype}.npz"],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | quick,
             stderr=subprocess.PIPE,
             text=True,
         )

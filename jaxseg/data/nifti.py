@@ -70,6 +70,16 @@ def load_nifti(path: str | Path, dtype: DTypeLike | None = None) -> tuple[np.nda
 def write_nifti(
     path: str | Path, values: np.ndarray, affine: np.ndarray, like: str | Path | None
 ) -> None:
+    """Writes a volume of `values` [X, Y, Z] or [X, Y, Z, K], the whole file or none of it.
+
+    Args:
+      path: .nii or .nii.gz.
+      values: of a dtype that NIfTI knows.
+      affine: [4, 4], from voxel index to mm.
+      like: the NIfTI file whose header it takes over, if any.
+    Raises:
+      OSError: the file can not be written.
+    """
     image = _nifti_image(path, _in_file_order(values), affine, like)
     with replaced(path) as file:
         image.to_stream(file)

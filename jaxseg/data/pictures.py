@@ -57,6 +57,12 @@ def opaque_pixels(path: str | Path, picture: Image.Image) -> np.ndarray:
 
 
 def write_png(path: str | Path, values: np.ndarray) -> None:
+    """Writes [H, W, 1] of uint8 or uint16, the whole file or none of it.
+
+    Raises:
+      ValueError: PNG does not hold such an array.
+      OSError: the file can not be written.
+    """
     if values.ndim != 3 or values.shape[2] != 1 or values.dtype.itemsize > 2:
         raise ValueError(
             f"{path}: PNG holds [H, W, 1] of uint8 or uint16, not {list(values.shape)} of "
@@ -67,6 +73,7 @@ def write_png(path: str | Path, values: np.ndarray) -> None:
 
 
 def write_tiff(path: str | Path, values: np.ndarray) -> None:
+    """Writes [H, W, 1], or [H, W, 1, K] as K pages; raises as `write_png` does."""
     if values.ndim not in (3, 4) or values.shape[2] != 1:
         raise ValueError(
             f"{path}: TIFF holds [H, W, 1] or [H, W, 1, K], not {list(values.shape)}; write NIfTI"
