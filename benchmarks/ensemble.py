@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from absl import app, flags
 from report import print_report
-from scaling import print_table, seconds_per_call, trainer
+from scaling_measure import seconds_per_call, trainer
+from scaling_tables import print_table
 
 from jaxseg import parallel
 from jaxseg.config import base_config
