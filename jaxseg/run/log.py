@@ -175,8 +175,9 @@ def trace_row(step: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     Args:
       step: its number.
-      metrics: of `jaxseg.training.steps.train_step`, on the host: "batch_checksum" and "params_checksum"
-        uint32, "loss" and "grad_norm" float32; scalars, or [M] of as many members.
+      metrics: of `jaxseg.training.steps.train_step`, on the host: "batch_checksum" and
+        "params_checksum" uint32, "loss" and "grad_norm" float32; scalars, or [M] of as many
+        members.
     Returns:
       {"step": int, "batch": 8 hexadecimal digits, "params": the same, "loss": text of
       `float.hex`, "grad_norm": the same}; of several members lists of these.
