@@ -16,6 +16,7 @@ def get_config():
     config.data.image_glob = "images/*.png"
     config.data.label_pattern = "masks/{case}.png"
     config.data.class_names = ("background", "nucleus")
+    config.data.objects = True  # a mask numbers its nuclei
     config.data.patch_size = (192, 192)
     config.data.foreground_fraction = 0.5
     config.split.val_fraction = 0.15

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import platform
 import re
@@ -37,6 +38,13 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def say_whatever_comes() -> None:
+    """Lets a terminal that lacks a character show another in its place, not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def parse(
     name: str,
     argv: Sequence[str],
@@ -55,6 +63,7 @@ def parse(
         have one name.
       required: names of flags that must have a value.
     """
+    say_whatever_comes()
     options = flags.FlagValues()
     define(options)
     flags.DEFINE_bool("help", False, "show this text", short_name="h", flag_values=options)

@@ -8,6 +8,7 @@ Augmentation defaults are those of nnU-Net v2 (Isensee et al. 2021) except trans
 nnU-Net gets from its random crop.
 """
 
+import contextlib
 import copy
 import json
 from collections.abc import Iterable, Mapping
@@ -24,11 +25,21 @@ FIELDS: dict[str, Any] = {
     "data": {
         "dir": "",  # "" means the embedded demonstration cohort
         "cache_dir": "~/.cache/jaxseg",  # of prepared cases and of the demonstration cohort
-        "kind": "msd",  # a Medical Segmentation Decathlon folder, or images: pairs of pictures
-        "image_glob": "images/*",  # kind "images": where the images are ...
-        "label_pattern": "masks/{case}.png",  # ... and the mask of each
-        "class_names": ("background", "foreground"),  # kind "images" only
-        "label_values": (),  # kind "images": file value of each class; () means >0 is 1
+        # Layout of data.dir: auto lets the folder tell; msd: Medical Segmentation Decathlon and
+        # nnU-Net v1; nnunet: nnU-Net v2; images: pairs by pattern; table: cases.csv.
+        "kind": "auto",
+        "image_glob": "images/*",  # kind "images": where the images are; may hold {case} ...
+        "other_channels": (),  # ... further channels of each, such as ("images/{case}_t2.nii.gz",)
+        "label_pattern": "masks/{case}.png",  # ... and the label of each
+        "class_names": ("background", "foreground"),  # where no dataset.json names them
+        # Likewise the file value of each class; () means masks of 0 and one other value.
+        "label_values": (),
+        "objects": False,  # with label_values (): every value above 0 is an object of class 1
+        "ignore_values": (),  # label values of voxels that count for nothing: no loss, no score
+        "exclude": (),  # names of cases to leave out, or patterns such as "site3_*"
+        "test_folder": False,  # kind "nnunet": imagesTs is the test set, or predicted if unlabelled
+        "strict": False,  # refuse files that nothing lists, and images that are there twice
+        "spacing_from": "pixdim",  # where a header contradicts itself: pixdim (as ITK) or sform
         "patch_size": (128, 128),  # voxels; two numbers train on slices, three on volumes
         "foreground_fraction": 0.33,  # of the patches that are drawn around a foreground voxel
     },
@@ -163,7 +174,8 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "data.kind": ("msd", "images"),
+    "data.kind": ("auto", "msd", "nnunet", "images", "table"),
+    "data.spacing_from": ("pixdim", "sform"),
     "preprocess.normalisation": ("auto", "ct", "zscore"),
     "preprocess.image_order": (1, 3),
     "preprocess.label_order": (0, 1),
@@ -233,7 +245,15 @@ PUBLISHED_DEPTHS = {"vgg16": 5, "resnet18": 6, "resnet34": 6, "resnet50": 6}
 # A resumed run may change these without becoming another experiment.
 FREE_WHEN_RESUMING = (
     "workdir",
+    # What the data are, their bytes say; not where they lie, or how they are found.
+    "data.dir",
     "data.cache_dir",
+    "data.kind",
+    "data.image_glob",
+    "data.other_channels",
+    "data.label_pattern",
+    "data.exclude",
+    "data.strict",
     "train.log_every",
     "train.keep_checkpoints",
     "compile.cache_dir",
@@ -294,6 +314,8 @@ def from_json(text: str) -> ConfigDict:
     saved = _with_tuples(json.loads(text))
     try:
         config = base_config(saved["model"]["name"], rank=len(saved["data"]["patch_size"]))
+        # Up to version 0.1 every value above 0 in a mask was foreground.
+        config.data.objects = not saved["data"]["label_values"]
         config.update(saved)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigProblems([f"it was not written by this version of jaxseg: {error}"]) from None
@@ -314,6 +336,8 @@ def differences(saved_json: str, new_json: str) -> list[str]:
     Returns:
       List of lines "field: saved -> new"; empty when the run may be resumed.
     """
+    with contextlib.suppress(ConfigProblems):  # what does not fit is among the differences
+        saved_json = to_json(from_json(saved_json))  # with the fields that it did not have yet
     saved, new = flatten(json.loads(saved_json)), flatten(json.loads(new_json))
     return [
         f"{name}: {saved.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"

@@ -114,16 +114,21 @@ def _data_problems(config):
         problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
     if len(config.preprocess.spacing_mm) not in (0, 3):
         problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
-    if data.kind == "images" and not data.dir:
-        problems.append("data.kind is 'images': say where they are with --config.data.dir=DIR")
-    if data.kind == "images" and rank == 3:
-        problems.append("data.kind is 'images': data.patch_size must have 2 entries")
-    if data.kind == "images" and "{case}" not in data.label_pattern:
-        problems.append(f"data.label_pattern {data.label_pattern!r} must contain {{case}}")
+    if data.kind not in ("auto", "msd") and not data.dir:
+        problems.append(f"data.kind is {data.kind!r}: say where it is with --config.data.dir=DIR")
+    for name in ("label_pattern", "other_channels"):
+        patterns = [data[name]] if isinstance(data[name], str) else data[name]
+        if not all(isinstance(pattern, str) and "{case}" in pattern for pattern in patterns):
+            problems.append(f"data.{name} {data[name]!r} must contain {{case}}")
+    if not all(isinstance(pattern, str) for pattern in data.exclude):
+        problems.append(f"data.exclude must be names of cases, not {data.exclude!r}")
     if not all(isinstance(name, str) for name in data.class_names):
         problems.append(f"data.class_names must be text, not {data.class_names!r}")
-    if not all(isinstance(v, int) and v >= 0 for v in data.label_values):
-        problems.append(f"data.label_values must be whole and not negative: {data.label_values!r}")
+    for name in ("label_values", "ignore_values"):
+        if not all(isinstance(v, int) and v >= 0 for v in data[name]):
+            problems.append(f"data.{name} must be whole and not negative: {data[name]!r}")
+    if data.objects and data.label_values:
+        problems.append("data.objects says what masks hold: unset data.label_values")
     if not data.image_glob or data.image_glob.startswith("/"):
         problems.append(f"data.image_glob {data.image_glob!r} must be relative to data.dir")
     if len(data.class_names) < 2:

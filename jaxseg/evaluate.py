@@ -1,8 +1,8 @@
 """Scores segmentations: `python -m jaxseg.evaluate --predictions=DIR --references=DIR`.
 
 A prediction and a reference belong together if their names are equal but for the suffix; both are
-label files (NIfTI, or PNG or TIFF pictures) on one grid. Distances are in millimetres and volumes
-in millilitres; of pictures, whose pixels have no known size, in pixels and thousand pixels.
+label files on one grid. Distances are in millimetres and volumes in millilitres; of pictures, whose
+pixels have no known size, in pixels and thousand pixels.
 
 Every file is checked before anything is computed. With --output, scores go to evaluation.json and
 evaluation.csv there. With --compare, a second folder of predictions is scored too (compared.json,
@@ -25,10 +25,12 @@ def main(argv: Sequence[str]) -> None:
     """Evaluates, and turns every expected failure into one clear message."""
     required = ("predictions", "references")
     options = command.parse(NAME, argv, text=__doc__, define=_define_flags, required=required)
-    try:
-        label_values = options.label_values and tuple(map(int, options.label_values))
-    except ValueError as error:
-        command.leave(NAME, f"--label_values: {error}")
+    values = {}
+    for name in ("label_values", "ignore_values"):
+        try:
+            values[name] = tuple(map(int, options[name].value or ())) or None
+        except ValueError as error:
+            command.leave(NAME, f"--{name}: {error}")
     folders = (options.predictions, options.references, options.compare, options.output)
     predictions, references, others, output = (f and os.path.expanduser(f) for f in folders)
     with command.one_message(NAME):
@@ -38,7 +40,9 @@ def main(argv: Sequence[str]) -> None:
             predictions,
             references,
             others=others,
-            label_values=label_values,
+            label_values=values["label_values"],
+            ignore_values=values["ignore_values"] or (),
+            spacing_from=options.spacing_from,
             class_names=options.class_names,
             tolerance_mm=options.tolerance_mm,
             lesions=options.lesions,
@@ -59,6 +63,14 @@ def _define_flags(options):
     flags.DEFINE_bool("subset", False, "leave out references that have no prediction", **own)
     flags.DEFINE_list("class_names", None, "of all classes, background first", **own)
     flags.DEFINE_list("label_values", None, "in the files, in the order of class_names", **own)
+    flags.DEFINE_list("ignore_values", None, "of voxels that do not count, in references", **own)
+    flags.DEFINE_enum(
+        "spacing_from",
+        "pixdim",
+        ["pixdim", "sform"],
+        "what is believed where a NIfTI header contradicts itself; pixdim as ITK does",
+        **own,
+    )
 
 
 def run() -> None:

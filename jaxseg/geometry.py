@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-# Largest difference of any entry between the affines of files on one grid.
-AFFINE_TOLERANCE_MM = 1e-3
+# Files are on one grid if no voxel of one lies farther from its place in the other, in voxels;
+# up to the second limit they can be taken for one, which is then said.
+SAME_GRID_VOXELS = 0.01
+NEARLY_SAME_GRID_VOXELS = 0.5
+
+# Shares of voxels that differ by less are equal but for rounding.
+_ROUNDING = 1e-6
 
 # Smallest singular value of the matrix of unit axis directions; 1 means perpendicular axes.
 _MIN_INDEPENDENCE = 1e-6
@@ -48,6 +53,21 @@ def spacing_mm_from_affine(affine: np.ndarray) -> np.ndarray:
       [3] float64, in mm.
     """
     return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
+
+
+def grid_difference(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """How far apart two affines place a voxel of a volume at the most.
+
+    Args:
+      affine, other: Voxel to world (mm), [4, 4]; the first usable.
+      shape: Voxels along each axis, 3 ints.
+    Returns:
+      The distance along one axis of the grid of `affine`, in voxels; infinite if it is undefined.
+    """
+    corners = np.array(np.meshgrid(*((-0.5, n - 0.5) for n in shape[:3]))).reshape(3, -1)
+    moved = np.linalg.solve(affine[:3, :3], other[:3, :3] @ corners + (other - affine)[:3, 3:])
+    difference = np.abs(moved - corners).max()
+    return float(difference) if np.isfinite(difference) else np.inf
 
 
 def to_canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,16 +147,27 @@ def resample_to_shape(array: np.ndarray, shape: Sequence[int], order: int) -> np
 
 
 def resample_label_to_shape(
-    label: np.ndarray, shape: Sequence[int], num_classes: int, order: int
+    label: np.ndarray,
+    shape: Sequence[int],
+    num_classes: int,
+    order: int,
+    *,
+    keep_thin: bool = True,
 ) -> np.ndarray:
     """Resamples class indices without inventing classes, on the grid of `resample_to_shape`.
+
+    A structure that is thinner than the new voxels could vanish. So of equals the higher class is
+    taken (as in nnU-Net, where a later label overwrites an earlier one), and a class that keeps
+    less than half of its volume gets the voxels that it fills most, until its volume is at least
+    what it was.
 
     Args:
       label: Class indices in [0, num_classes), [X, Y, Z], integer.
       shape: Wanted grid size, 3 ints.
       num_classes: Number of classes, at most 256.
       order: 0 takes the nearest voxel; 1 interpolates each class's indicator linearly and takes
-        the largest (the lowest class of equals).
+        the largest.
+      keep_thin: False takes the lowest class of equals and lets thin structures vanish.
     Returns:
       [*shape] uint8.
     Raises:
@@ -150,13 +181,16 @@ def resample_label_to_shape(
     if label.shape == tuple(shape):
         return label.astype(np.uint8)
     if order == 0:
-        return _zoom(label.astype(np.uint8), shape, order)
-    result = np.zeros(shape, np.uint8)
-    largest = np.zeros(shape, np.float32)
-    for index in classes:
-        share = _zoom((label == index).astype(np.float32), shape, order)
-        result[share > largest] = index
-        np.maximum(largest, share, out=largest)
+        result = _zoom(label.astype(np.uint8), shape, order)
+    else:
+        result = np.zeros(shape, np.uint8)
+        largest = np.zeros(shape, np.float32)
+        for index in classes:
+            share = _zoom((label == index).astype(np.float32), shape, order)
+            result[share > largest - (_ROUNDING if keep_thin else 0)] = index
+            np.maximum(largest, share, out=largest)
+    for index in classes[classes > 0] if keep_thin else ():
+        _restore_thin(result, label == index, index)
     return result
 
 
@@ -191,6 +225,31 @@ def mirrored(place: Any, size: Any) -> Any:
     last = size - 1
     period = 2 * last + (last == 0)
     return last - abs(last - place % period)
+
+
+def _restore_thin(result, mask, index):
+    """Gives a class that has lost more than half of its volume the voxels that it fills most."""
+    volume = np.count_nonzero(mask) * result.size / mask.size
+    if np.count_nonzero(result == index) >= volume / 2:
+        return
+    share = _mean_in_voxels(mask, result.shape)
+    enough = min(max(round(volume), 1), np.count_nonzero(share))
+    least = np.partition(share.ravel(), share.size - enough)[share.size - enough]
+    result[share >= least - _ROUNDING] = index
+
+
+def _mean_in_voxels(mask, shape):
+    """Share of each voxel of a coarser grid that lies in a mask, float64."""
+    share = mask.astype(np.float64)
+    for axis, size in enumerate(shape):
+        sums = np.cumsum(np.moveaxis(share, axis, 0), axis=0)
+        sums = np.concatenate([np.zeros_like(sums[:1]), sums])
+        edges = np.arange(size + 1) * (len(sums) - 1) / size
+        low = np.minimum(edges.astype(int), len(sums) - 2)
+        part = (edges - low).reshape(-1, 1, 1)
+        at_edges = sums[low] * (1 - part) + sums[low + 1] * part
+        share = np.moveaxis(np.diff(at_edges, axis=0) * size / (len(sums) - 1), 0, axis)
+    return share
 
 
 def _canonical_axes(affine):

@@ -77,7 +77,7 @@ def _parse_flags(argv):
         print(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sep="\n")
         print("\nSettings, --config.NAME=VALUE:\n", config_reference.reference(), sep="\n")
         sys.exit()
-    argv = [_with_shipped_config(argument) for argument in argv]
+    argv = [_with_shipped_config(argument) for argument in _last_of_each(argv)]
     rest: list[str] = []
     problem = _problem_of(lambda: rest.extend(flags.FLAGS(argv)))
     if problem is None:
@@ -90,6 +90,16 @@ def _parse_flags(argv):
     }
     lines = [f"{setting}: {text}" for setting, text in found.items() if text]
     _exit("\n".join(lines or [problem]))
+
+
+def _last_of_each(argv):
+    """The arguments without settings that a later one overrides, whose values would be joined."""
+    place_of = {argument.partition("=")[0]: place for place, argument in enumerate(argv)}
+    return [
+        argument
+        for place, argument in enumerate(argv)
+        if not argument.startswith("--config.") or place_of[argument.partition("=")[0]] == place
+    ]
 
 
 def _with_shipped_config(argument):
@@ -130,6 +140,7 @@ def _exit(message: str, status: int = 2) -> NoReturn:
 def run() -> None:
     """Console script."""
     command.prepare_environment()
+    command.say_whatever_comes()
     if "-h" not in sys.argv and "--help" not in sys.argv:
         import jax
 

@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 from jaxseg.data import preprocess
 from jaxseg.data.blocked_arrays import block_boxes, block_shape
 from jaxseg.data.cases import Case, Dataset
-from jaxseg.data.images import read_image
-from jaxseg.data.labels import read_instances, read_label
+from jaxseg.data.label_values import IGNORED
+from jaxseg.data.reading import read_case_image, read_case_instances, read_case_label
+from jaxseg.problem import file_problem
 
 # Enough places per class to draw training patches from.
 LOCATIONS_PER_CLASS = 4096
@@ -52,7 +53,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
             "num_locations": tensor(shape=(None,), dtype=np.int64),
             "locations": tensor(shape=(None, 3), dtype=np.int32, encoding="zlib"),
         }
-        if self._border_weight:
+        if self._border_weight or self._dataset.coding.ignore:
             features["weight"] = tensor(shape=(None,) * 3, dtype=np.float32, encoding="zlib")
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -77,7 +78,12 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
         keys = itertools.count(0, 2**128 // len(self._dataset.cases))
         num_blocks = 0
         for case, first_key in zip(self._shown_cases, keys, strict=False):
-            arrays = self._preprocess(case)
+            try:
+                arrays = self._preprocess(case)
+            except MemoryError as error:
+                wrong = f"takes more memory than there is ({error})"
+                mend = "prepare with fewer CPU cores, or leave it out with --config.data.exclude"
+                raise file_problem(case.image_path, wrong, mend) from error
             shape, label = arrays["image"].shape, arrays["label"]
             classes = np.unique(label)
             locations = [_locations(label == c) for c in classes[classes > 0]]
@@ -99,18 +105,22 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _preprocess(self, case):
         dataset, plan = self._dataset, self._plan
-        image, affine = read_image(case.image_path)
-        label, label_affine = read_label(case.label_path, dataset.label_values)
+        image, affine = read_case_image(dataset, case)
+        label = read_case_label(dataset, case)
         num_classes = len(dataset.class_names)
+        label = preprocess.preprocess_label(label, affine, plan, num_classes)
         arrays = {
             "image": preprocess.preprocess_image(image, affine, plan)[0],
-            "label": preprocess.preprocess_label(label, label_affine, plan, num_classes),
+            "label": label,
         }
         if self._border_weight:
-            instances = preprocess.preprocess_instances(
-                *read_instances(case.label_path, dataset.label_values), plan
-            )
+            instances = read_case_instances(dataset, case)
+            instances = preprocess.preprocess_instances(instances, affine, plan)
             arrays["weight"] = preprocess.border_weights(instances, **self._border_weight)
+        if dataset.coding.ignore:
+            weight = arrays.get("weight", np.ones(label.shape, np.float32))
+            arrays["weight"] = np.where(label == IGNORED, np.float32(0), weight)
+            arrays["label"] = np.where(label == IGNORED, np.uint8(0), label)
         return arrays
 
 

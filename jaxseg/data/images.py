@@ -1,58 +1,116 @@
-"""Reads images and writes maps: NIfTI volumes, and PNG, JPEG and TIFF pictures.
+"""Reads images and writes maps: volumes and pictures of every format.
 
 Every image is a volume [X, Y, Z, C] with an affine (voxel to world, mm); a picture of height H and
-width W is [H, W, 1, C] with the identity.
+width W is [H, W, 1, C] with the identity. Channels may lie in files of their own.
 
-`decode_image` only needs a file that can be decoded, so that `verify` can go on and name everything
-that is wrong with it; `read_image` refuses such a file.
+`decode_image` only needs files that can be decoded, so that `verify` can go on and name everything
+that is wrong with them; `read_image` refuses such files.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxseg import geometry
-from jaxseg.data.files import COPY_AGAIN
-from jaxseg.data.nifti import is_nifti, load_nifti, write_nifti
-from jaxseg.data.pictures import load_picture, opaque_pixels, write_tiff
+from jaxseg.data.formats import registry
+from jaxseg.data.formats.files import COPY_AGAIN
+from jaxseg.data.formats.pictures import load_picture, opaque_pixels, size_of, write_tiff
+from jaxseg.data.formats.volume import Header, Remark, Volume
 from jaxseg.problem import FileProblem, file_problem
 
+Paths = str | Path | Sequence[str]
 
-def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+
+def read_image(paths: Paths, spacing_from: str = "pixdim") -> tuple[np.ndarray, np.ndarray]:
     """Reads an image whose every voxel and whose place in the world can be used.
 
     Args:
-      path: NIfTI (3D: one channel; 4D: channels last), or a PNG, JPEG or TIFF picture (grey at its
-        full range, palette or RGB, or any of these with alpha 255 throughout).
+      paths: A volume (3D: one channel; 4D: channels last), or a picture (grey at its full range,
+        palette or RGB, or any of these with alpha 255 throughout), or a file for each channel.
+      spacing_from: of `formats.placement.place`.
     Returns:
       (image, affine): [X, Y, Z, C] float32 with the file's scaling applied, and [4, 4] float64 in
       mm. Rows of a picture run along X and columns along Y.
     Raises:
-      FileProblem: The file is missing, damaged, of another kind, has no voxels, has NaN or
-        infinite values, or an unusable affine.
+      FileProblem: A file is missing, damaged, of another kind, has no voxels, has NaN or
+        infinite values, an unusable affine, or another grid than the file of the first channel.
     """
-    image, affine = decode_image(path)
-    problems = image_problems(path, image) + affine_problems(path, affine)
+    volume = read_volume(paths, spacing_from)
+    return volume.values, volume.affine
+
+
+def read_volume(paths: Paths, spacing_from: str = "pixdim") -> Volume:
+    """`read_image` with what is to be said about the files."""
+    decoded = decode_image(paths, spacing_from)
+    path = files_of(paths)[0]
+    problems = image_problems(path, decoded.values) + affine_problems(path, decoded.affine)
     if problems:
         raise problems[0]
-    return image, affine
+    return decoded
 
 
-def decode_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def files_of(paths: Paths) -> tuple[str, ...]:
+    """The files of an image, one or a file for each channel."""
+    return (os.fspath(paths),) if isinstance(paths, str | Path) else tuple(paths)
+
+
+def decode_image(paths: Paths, spacing_from: str = "pixdim") -> Volume:
     """`read_image` without its checks of values and affine.
 
     Raises:
-      FileProblem: The file is missing, damaged or of another kind.
+      FileProblem: A file is missing, damaged, of another kind, or on another grid than the first.
     """
-    if not is_nifti(path):
-        picture = load_picture(path)
-        if picture.mode in ("P", "PA"):
-            has_alpha = picture.mode == "PA" or "transparency" in picture.info
-            picture = picture.convert("RGBA" if has_alpha else "RGB")
-        return opaque_pixels(path, picture).astype(np.float32), np.eye(4)
-    image, affine = load_nifti(path, np.float32)
-    return (image if image.ndim == 4 else image[..., None]), affine
+    volumes = [_decode_file(path, spacing_from) for path in files_of(paths)]
+    first = volumes[0]
+    if len(volumes) == 1:
+        return first
+    remarks: list[Remark] = []
+    for path, volume in zip(files_of(paths)[1:], volumes[1:], strict=True):
+        remarks += grid_remarks(path, volume, files_of(paths)[0], first)
+    values = np.concatenate([volume.values for volume in volumes], axis=-1)
+    return Volume(values, first.affine, (*first.remarks, *remarks))
+
+
+def describe_image(path: str | Path, spacing_from: str = "pixdim") -> Header:
+    """What a file says of its values, channels included, without reading them; raises alike."""
+    found = registry.format_of(path)
+    if found is None:
+        height, width, channels = size_of(path)
+        return Header((height, width, 1, channels), np.dtype(np.uint8), np.eye(4))
+    return found.read_header(path, spacing_from)
+
+
+def grid_remarks(
+    path: str | Path, volume: Volume, other_path: str | Path, other: Volume
+) -> list[Remark]:
+    """What to say of two files that are on one grid, or nearly.
+
+    Raises:
+      FileProblem: They are not.
+    """
+    shape, other_shape = volume.values.shape[:3], other.values.shape[:3]
+    if shape != other_shape:
+        raise file_problem(
+            path,
+            f"shape {list(shape)}, but {other_path} has {list(other_shape)}",
+            "resample it to that grid",
+        )
+    if affine_problems(path, volume.affine) or affine_problems(other_path, other.affine):
+        return []  # which is told of by itself
+    apart = geometry.grid_difference(other.affine, volume.affine, shape)
+    if apart <= geometry.SAME_GRID_VOXELS:
+        return []
+    where = f"its affine differs from that of {other_path} by up to {apart:.3g} voxels"
+    if apart > geometry.NEARLY_SAME_GRID_VOXELS:
+        raise file_problem(
+            path,
+            f"{where} ({_compact(volume.affine)}, there {_compact(other.affine)})",
+            "copy that affine if the voxels match, else resample it to that grid",
+        )
+    kind = "the affine differs from that of its image by less than half a voxel, the image's counts"
+    return [Remark(kind, where)]
 
 
 def image_problems(path: str | Path, image: np.ndarray) -> list[FileProblem]:
@@ -94,9 +152,9 @@ def write_map(
     """Writes real numbers, for example probabilities, as float32, as `write_label` does a label.
 
     Args:
-      path: *.nii, *.nii.gz, *.tif or *.tiff in an existing folder; replaced if it is there. TIFF
-        has no affine, and a page per class.
-      values: [X, Y, Z] or [X, Y, Z, K], real; for TIFF [H, W, 1] or [H, W, 1, K].
+      path: named as a format of volumes, or *.tif, in an existing folder; replaced if it is there.
+        A TIFF picture has no affine, and a page per class.
+      values: [X, Y, Z] or [X, Y, Z, K], real; for a TIFF picture [H, W, 1] or [H, W, 1, K].
       affine: Voxel to world (mm), [4, 4].
       like: As for `write_label`.
     Raises:
@@ -105,9 +163,26 @@ def write_map(
       OSError: The file cannot be written.
     """
     values = np.asarray(values, np.float32)
-    if is_nifti(path):
-        write_nifti(path, values, affine, like)
-    elif os.fspath(path).lower().endswith((".tif", ".tiff")):
-        write_tiff(path, values)
-    else:
-        raise ValueError(f"{path}: a map is written as .nii, .nii.gz, .tif or .tiff")
+    if registry.write_volume(path, values, affine, like):
+        return
+    if not os.fspath(path).lower().endswith((".tif", ".tiff")):
+        raise ValueError(f"{path}: a map is written as a volume or as .tif")
+    write_tiff(path, values)
+
+
+def _decode_file(path, spacing_from):
+    found = registry.format_of(path)
+    if found is not None:
+        volume = found.read(path, np.float32, spacing_from)
+        values = volume.values if volume.values.ndim == 4 else volume.values[..., None]
+        return Volume(values, volume.affine, volume.remarks)
+    picture = load_picture(path)
+    if picture.image.mode in ("P", "PA"):
+        has_alpha = picture.image.mode == "PA" or "transparency" in picture.image.info
+        colours = picture.image.convert("RGBA" if has_alpha else "RGB")
+        picture = type(picture)(colours, picture.format)
+    return Volume(opaque_pixels(path, picture).astype(np.float32), np.eye(4))
+
+
+def _compact(affine):
+    return np.round(affine[:3], 4).tolist()

@@ -1,7 +1,7 @@
 """Which label files belong together, a prediction and its reference, and what stands against it.
 
 A prediction and a reference belong together if their names are equal but for the suffix; both are
-label files (NIfTI, or PNG or TIFF pictures) on one grid.
+label files on one grid.
 """
 
 import dataclasses
@@ -12,17 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxseg.data.images import affine_problems
-from jaxseg.data.labels import decode_label
-from jaxseg.data.nifti import is_nifti
-from jaxseg.geometry import AFFINE_TOLERANCE_MM
+from jaxseg.data.formats import registry
+from jaxseg.data.formats.volume import Volume, grouped
+from jaxseg.data.images import affine_problems, grid_remarks
+from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.labels import decode_label, settled_values
 from jaxseg.problem import FileProblem, Problem
 from jaxseg.run.log import bar_over
 
 MAX_LISTED = 10
 
 _MAX_CLASSES = 256  # class indices are uint8
-_PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+# What a mask may have in place of 1.
+_MASK_VALUES = {1, 255, 65535}
 # What the predict command writes beside the label of a case.
 _MAP = re.compile(
     r"(.+)_(probs|confidence|entropy|mutual_information|grad_cam.*|integrated_gradients.*)"
@@ -56,17 +58,19 @@ def check_folders(
     *,
     label_values: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
+    ignore_values: Sequence[int] = (),
+    spacing_from: str = "pixdim",
     subset: bool = False,
-) -> tuple[list[list[Pair]], Sequence[int] | None, tuple[str, ...]]:
+) -> tuple[list[list[Pair]], LabelCoding, tuple[str, ...], list[str]]:
     """Pairs the files of prediction folders with references, and checks every one of them.
 
     Args:
       folders: folders of predictions.
       references: folder of references.
-      label_values, class_names, subset: as for `evaluate_folders`.
+      label_values, class_names, ignore_values, spacing_from, subset: as for `evaluate_folders`.
     Returns:
-      (pairs, label_values, class_names): for each folder its list of Pair in order of case id;
-      values and names as they are to be used.
+      (pairs, coding, class_names, remarks): for each folder its list of Pair in order of case id;
+      values and names as they are to be used; what the user should know of the files.
     Raises:
       EvaluationProblems: as `evaluate_folders`.
     """
@@ -80,21 +84,30 @@ def check_folders(
             if missing := sorted(wanted.keys() - {pair.case_id for pair in pairs_there}):
                 problems.append(f"{folder}: no prediction of {_listed(missing)}, to compare with")
     paths = dict.fromkeys([*wanted.values(), *(pair.prediction for pair in pairs)])
-    grids, values = {}, {}
+    grids, values, remarks = {}, {}, {}
+    given = LabelCoding(None if label_values is None else tuple(label_values), tuple(ignore_values))
     for path in bar_over(paths, "checking files"):
         try:
-            grids[path], values[path] = _inspect(path)
+            grids[path], values[path] = _inspect(path, given, spacing_from)
+            remarks[path] = grids[path].remarks
         except FileProblem as problem:
             problems.append(str(problem))
     for pair in pairs:
         if pair.prediction in grids and pair.reference in grids:
-            problems += _grid_problems(pair, grids)
+            try:
+                near = grid_remarks(
+                    pair.prediction, grids[pair.prediction], pair.reference, grids[pair.reference]
+                )
+                remarks[pair.prediction] = (*remarks[pair.prediction], *near)
+            except FileProblem as problem:
+                problems.append(str(problem))
     if label_values is None and len(values) == len(paths):  # else some values are not known yet
         label_values = _found_values(values, set(wanted.values()))
     if label_values is not None:
         problems += _value_problems(values, label_values)
     if problems:
         raise EvaluationProblems(problems)
+    coding = LabelCoding(None if label_values is None else tuple(label_values), given.ignore)
     shown = ("foreground",) if label_values is None else tuple(map(str, label_values[1:]))
     class_names = tuple(class_names or ("background", *shown))
     if len(class_names) != 1 + len(shown):
@@ -104,7 +117,7 @@ def check_folders(
                 f"{', '.join(shown)}); name them all, background first"
             ]
         )
-    return pairs_of, label_values, class_names
+    return pairs_of, coding, class_names, grouped(remarks)
 
 
 def _label_files(folder, problems):
@@ -114,15 +127,14 @@ def _label_files(folder, problems):
         return {}
     found: dict[str, str] = {}
     for path in sorted(Path(folder).iterdir()):
-        nifti = is_nifti(path.name)
-        if path.name.startswith(".") or not (nifti or path.suffix.lower() in _PICTURE_SUFFIXES):
+        if path.name.startswith(".") or not registry.is_image(path):
             continue
-        case_id = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I) if nifti else path.stem
+        case_id = os.path.basename(registry.stem_of(path))
         if case_id in found:
             problems.append(f"{path}: {found[case_id]} is the same case; keep one of them")
         found[case_id] = str(path)
     if not found:
-        problems.append(f"{folder}: holds no label file (.nii, .nii.gz, .png, .tif); correct it")
+        problems.append(f"{folder}: holds no label file ({registry.KINDS}); correct it")
     case_of_map = {c: match[1] for c in found if (match := _MAP.fullmatch(c))}
     return {c: path for c, path in found.items() if case_of_map.get(c) not in found}
 
@@ -148,50 +160,37 @@ def _listed(cases):
     return ", ".join(cases[:MAX_LISTED]) + more
 
 
-def _inspect(path):
-    """((shape, affine), values) of a label file, values as a set of int."""
-    stored, affine = decode_label(path)
-    problems = affine_problems(path, affine)
+def _inspect(path, coding, spacing_from):
+    """(Volume that stands for the grid, values) of a label file, values as a set of int."""
+    stored = decode_label(path, spacing_from)
+    problems = affine_problems(path, stored.affine)
     if problems:
         raise problems[0]
-    if not stored.size:
+    if not stored.values.size:
         raise FileProblem(
-            f"{path}: has no voxels, its shape is {list(stored.shape)}; copy it again"
+            f"{path}: has no voxels, its shape is {list(stored.values.shape)}; copy it again"
         )
-    values = np.unique(stored.ravel(order="K"))
+    values = np.unique(settled_values(path, stored, coding).ravel(order="K"))
+    values = values[~np.isin(values, coding.ignore)]
     whole = np.isfinite(values).all() and (values == np.round(values)).all()
-    if values.size > _MAX_CLASSES or not whole or values.min() < 0:
+    if values.size > _MAX_CLASSES or not whole or values.min(initial=0) < 0:
         raise FileProblem(
             f"{path}: holds {values.size} values from {values.min():g} to {values.max():g}, where "
             f"labels are at most {_MAX_CLASSES} whole numbers from 0; give a label file"
         )
-    return (stored.shape, affine), {int(value) for value in values}
-
-
-def _grid_problems(pair, grids):
-    (shape, affine), (reference_shape, reference_affine) = (
-        grids[path] for path in (pair.prediction, pair.reference)
-    )
-    mend = "resample the prediction to the reference's grid"
-    if shape != reference_shape:
-        return [
-            f"{pair.prediction}: its shape is {list(shape)}, that of {pair.reference} "
-            f"{list(reference_shape)}; {mend}"
-        ]
-    difference_mm = np.abs(affine - reference_affine).max()
-    if difference_mm > AFFINE_TOLERANCE_MM:
-        return [
-            f"{pair.prediction}: its affine differs from that of {pair.reference} by up to "
-            f"{difference_mm:.3g} mm; {mend}"
-        ]
-    return []
+    shape_only = np.broadcast_to(np.uint8(0), stored.values.shape)
+    grid = Volume(shape_only, stored.affine, stored.remarks)
+    return grid, {int(value) for value in values}
 
 
 def _found_values(values, references):
-    """0 and the values in the references; None if 1 is a mask on one side and 255 on the other."""
+    """0 and the values in the references; None if both are masks and differ in what is not 0."""
     in_references = {v for path, found in values.items() if path in references for v in found}
     predicted = {v for path, found in values.items() if path not in references for v in found}
-    if (in_references - {0}, predicted - {0}) in (({1}, {255}), ({255}, {1})):
+    of_masks = [found - {0} for found in (in_references, predicted)]
+    if all(len(found) == 1 and found <= _MASK_VALUES for found in of_masks) and (
+        of_masks[0] != of_masks[1]
+    ):
         return None
     return tuple(sorted({0} | in_references))
 

@@ -1,8 +1,11 @@
 """The parts in which cases are prepared: each whole or absent, made here or by other processes."""
 
+import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import itertools
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -12,13 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 
 import tensorflow_datasets as tfds
 
-from jaxseg.data.builder import CaseBuilder
+from jaxseg.data.builder import CaseBuilder, open_split
 from jaxseg.data.cases import Case, Dataset
 from jaxseg.data.preprocess import Plan
+from jaxseg.problem import Problem
+from jaxseg.run import writers
 
 # Cases of a part, which is made whole or again; more where there would be too many parts to open.
 CASES_PER_PART = 4
 MAX_PARTS = 64
+# Says of each file of a part what it is to be.
+MANIFEST = "files.json"
 # Smaller data (as files) is prepared before other processes have started.
 POOL_BYTES = 256 << 20
 # Each holds some copies of a whole scan.
@@ -48,8 +55,8 @@ def make_parts(
         return
     cases = [case for part in parts.values() for case in part.cases]
     shown_cases = iter(progress(cases))
-    num_workers = min(most_workers, len(parts), MAX_WORKERS)
-    paths = [path for case in cases for path in (case.image_path, case.label_path)]
+    num_workers = max(min(most_workers, len(parts), MAX_WORKERS), 1)
+    paths = [path for case in cases for path in case.paths]
     if num_workers == 1 or sum(map(os.path.getsize, paths)) < POOL_BYTES:
         for folder, part in parts.items():
             make_part(folder, part, itertools.islice(shown_cases, len(part.cases)))
@@ -73,9 +80,10 @@ def make_part(
     unfinished = folder + ".unfinished"
     with open(folder + ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # while another run makes the same part
-        if os.path.exists(folder):
+        if is_whole(folder):
             return len(list(shown_cases))
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        for remains in (folder, unfinished):  # damaged; of a process that was killed
+            shutil.rmtree(remains, ignore_errors=True)
         tfds.disable_progress_bar()
         builder = CaseBuilder(
             data_dir=unfinished,
@@ -84,9 +92,80 @@ def make_part(
             border_weight=border_weight,
             shown_cases=shown_cases,
         )
-        builder.download_and_prepare(file_format="array_record")
-        os.rename(unfinished, folder)
+        with _blaming(os.path.dirname(folder)):
+            builder.download_and_prepare(file_format="array_record")
+            writers.write_json(os.path.join(unfinished, MANIFEST), _contents(unfinished))
+            os.rename(unfinished, folder)
     return len(part.cases)
+
+
+def is_whole(folder: str) -> bool:
+    """Whether a part is there, every byte as it was written.
+
+    Its files are read only where their size or time differs from what the manifest says. A part of
+    version 0.1 has no manifest; it is whole if it can be opened.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isdir(folder):
+        return False
+    try:
+        if not os.path.exists(path):
+            return all(len(open_split(folder, split)) >= 0 for split in ("cases", "blocks"))
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        return bool(manifest) and all(
+            _is_as_written(os.path.join(folder, name), entry) for name, entry in manifest.items()
+        )
+    except Exception:  # whatever a damaged file leads to, the part is made again
+        return False
+
+
+def _contents(folder):
+    """For each file below a folder its size, its time and its SHA-256."""
+    contents = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            status = os.stat(path)
+            contents[os.path.relpath(path, folder)] = [
+                status.st_size,
+                status.st_mtime_ns,
+                _sha256(path),
+            ]
+    return contents
+
+
+def _is_as_written(path, entry):
+    size, time, digest = entry
+    status = os.stat(path)
+    if status.st_size != size:
+        return False
+    return status.st_mtime_ns == time or _sha256(path) == digest
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _blaming(cache_dir):
+    """Names the folder where cases can not be kept: TFDS lets through what its libraries raise."""
+    try:
+        yield
+    except (Problem, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(
+            f"{cache_dir}: prepared cases can not be kept there ({_first_line(error)}); free space "
+            "on its disk, or set --config.data.cache_dir to another folder"
+        ) from error
+
+
+def _first_line(error):
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _made_by_workers(parts, make_part, num_workers):

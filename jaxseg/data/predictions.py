@@ -1,6 +1,8 @@
 """The folders of the predict command: its images, the files of each, and what is done already."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -8,14 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxseg.data.nifti import is_nifti
+from jaxseg.data.formats import registry
 from jaxseg.problem import Problem
 from jaxseg.run.writers import json_ready, write_text
 
 RECORDS_NAME = "predictions.json"
 
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-_KINDS = "NIfTI (.nii, .nii.gz) or picture (.png, .jpg, .jpeg, .tif, .tiff)"
+_LOCK_NAME = ".predictions.lock"
+
+# nnU-Net's names for the channels of an image.
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+_MAX_NAMED = 10
 
 
 class FolderProblem(Problem, ValueError):
@@ -28,22 +33,35 @@ class ImageCase:
 
     Attributes:
       case_id: Its path below the input folder, without suffix.
-      path: Absolute.
+      path: Absolute, of the image or of its first channel.
       files: For the name of each output the path that it is written to.
+      channels: Absolute paths of further channels.
     """
 
     case_id: str
     path: str
     files: dict[str, str]
+    channels: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files of the image."""
+        return (self.path, *self.channels)
 
 
 def find_images(
-    input_path: str | Path, folder: str | Path, outputs: Sequence[str], recursive: bool
+    input_path: str | Path,
+    folder: str | Path,
+    outputs: Sequence[str],
+    recursive: bool,
+    num_channels: int = 1,
 ) -> list[ImageCase]:
     """Lists the images to segment and the files to make of them. No file is opened.
 
-    A volume's outputs are CASE.nii.gz (the label) and CASE_OUTPUT.nii.gz, a picture's CASE.png and
-    CASE_OUTPUT.tif. Hidden files (macOS copies a "._NAME" beside each NAME) and what is in the
+    A volume's outputs are CASE (the label) and CASE_OUTPUT with its own suffix, a picture's
+    CASE.png and CASE_OUTPUT.tif. If all files are named CASE_0000, CASE_0001 ... with as many as
+    there are channels, these are the channels of CASE, as in nnU-Net. Hidden files (macOS copies a
+    "._NAME" beside each NAME) and what is in the
     output folder are no images.
 
     Args:
@@ -51,6 +69,7 @@ def find_images(
       folder: Where outputs go; need not be there.
       outputs: Names, "label" among them.
       recursive: Whether images in subfolders count; outputs then go to subfolders of the same name.
+      num_channels: Of the images that the network takes.
     Returns:
       List of ImageCase in order of case_id.
     Raises:
@@ -61,14 +80,15 @@ def find_images(
         paths = _images_below(root, Path(folder), recursive)
         if not paths:
             more = "" if recursive else ", or look into its subfolders with --recursive"
-            raise FolderProblem(f"{root} holds no {_KINDS}; give another --input{more}")
-    elif root.is_file() and _is_image(root):
+            raise FolderProblem(f"{root} holds no {registry.KINDS}; give another --input{more}")
+    elif root.is_file() and registry.is_image(root):
         root, paths = root.parent, [root]
     elif root.exists():
-        raise FolderProblem(f"{root} is no {_KINDS}; convert it")
+        raise FolderProblem(f"{root} is no {registry.KINDS}; convert it")
     else:
         raise FolderProblem(f"{root}: no such file or folder; correct --input")
-    cases = [_case_of(path, root, folder, outputs) for path in paths]
+    groups = _channel_groups(paths, num_channels)
+    cases = [_case_of(stem, files, root, folder, outputs) for stem, files in groups.items()]
     cases.sort(key=lambda case: (case.case_id, case.path))
     _refuse_clashes(cases)
     return cases
@@ -104,22 +124,16 @@ class Records:
           OSError: The records cannot be written.
         """
         self._path = os.path.join(folder, RECORDS_NAME)
-        self.content = _load_records(self._path)
-        known = self.content["cases"] if self.content else {}
-        _refuse_strange_files([case for case in cases if case.case_id not in known])
-        if self.content is None:
-            self.content = {
-                "identity": identity,
-                "workdirs": [os.path.abspath(workdir) for workdir in workdirs],
-                "class_names": list(class_names),
-                "cases": {},
-            }
-        if self.content["identity"] != identity:
-            raise FolderProblem(
-                f"{folder} holds predictions of {', '.join(self.content['workdirs'])} with other "
-                "weights or options; give another --output, or delete that folder to start anew"
-            )
-        self._save()
+        self.content: dict[str, Any] = {}
+        self._fresh: dict[str, Any] = {
+            "identity": identity,
+            "workdirs": [os.path.abspath(workdir) for workdir in workdirs],
+            "class_names": list(class_names),
+            "cases": {},
+        }
+        with self._updating():
+            known = self.content["cases"]
+            _refuse_strange_files([case for case in cases if case.case_id not in known])
 
     def is_done(self, case: ImageCase) -> bool:
         """Whether every file of a case is there and was made of the image as it is now."""
@@ -127,23 +141,58 @@ class Records:
         if "error" in record or not all(map(os.path.exists, case.files.values())):
             return False
         try:
-            return all(record.get(name) == value for name, value in state_of(case.path).items())
+            return all(record.get(name) == value for name, value in state_of(case).items())
         except OSError:  # reading it will tell
             return False
 
     def add(self, case: ImageCase, record: dict[str, Any]) -> None:
         """Writes down what became of a case; the file is whole at any time."""
-        self.content["cases"][case.case_id] = json_ready(record)
-        self._save()
+        with self._updating():
+            self.content["cases"][case.case_id] = json_ready(record)
 
-    def _save(self):
-        write_text(self._path, json.dumps(self.content, indent=1) + "\n")
+    @contextlib.contextmanager
+    def _updating(self):
+        """Reads what the file holds, since other processes write to it too, and writes it again."""
+        with open(os.path.join(os.path.dirname(self._path), _LOCK_NAME), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.content = _load_records(self._path) or self._fresh
+            if self.content["identity"] != self._fresh["identity"]:
+                raise FolderProblem(
+                    f"{os.path.dirname(self._path)} holds predictions of "
+                    f"{', '.join(self.content['workdirs'])} with other weights or options; give "
+                    "another --output, or delete that folder to start anew"
+                )
+            yield
+            write_text(self._path, json.dumps(self.content, indent=1) + "\n")
 
 
-def state_of(path: str) -> dict[str, str | int]:
+def left_out(input_path: str | Path, folder: str | Path, recursive: bool) -> list[str]:
+    """The files of an input folder, but for hidden ones, that are no images; of many the first."""
+    root, output = Path(input_path), Path(folder).resolve()
+    if not root.is_dir():
+        return []
+    others = sorted(
+        str(path.relative_to(root))
+        for path in root.glob("**/*" if recursive else "*")
+        if path.is_file()
+        and not registry.is_image(path)
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and not path.resolve().is_relative_to(output)
+        and not any(registry.is_volume(path.with_suffix(s)) for s in (".tif", ".tiff", ".mhd"))
+    )
+    more = [f"and {len(others) - _MAX_NAMED} more"] if len(others) > _MAX_NAMED else []
+    return others[:_MAX_NAMED] + more
+
+
+def state_of(case: ImageCase) -> dict[str, Any]:
     """JSON-ready facts that differ when a file is another one or has changed."""
-    status = os.stat(path)
-    return {"file": path, "file_bytes": status.st_size, "file_modified_ns": status.st_mtime_ns}
+    states = []
+    for path in case.paths:
+        status = os.stat(path)
+        states.append(
+            {"file": path, "file_bytes": status.st_size, "file_modified_ns": status.st_mtime_ns}
+        )
+    return states[0] | ({"channels": states[1:]} if case.channels else {})
 
 
 def _images_below(root, folder, recursive):
@@ -154,30 +203,48 @@ def _images_below(root, folder, recursive):
     return [
         path
         for path in root.glob("**/*" if recursive else "*")
-        if _is_image(path)
+        if registry.is_image(path)
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and not (output_inside and path.resolve().is_relative_to(folder))
         and path.is_file()
     ]
 
 
-def _is_image(path):
-    return is_nifti(path) or path.suffix.lower() in _PICTURE_SUFFIXES
+def _channel_groups(paths, num_channels):
+    """The files of each image by its stem."""
+    stems = {path: registry.stem_of(path) for path in paths}
+    groups: dict[str, dict[int, Path]] = {}
+    for path, stem in stems.items():
+        match = _CHANNEL.fullmatch(stem)
+        if match is None:
+            break
+        groups.setdefault(match[1], {})[int(match[2])] = path
+    else:
+        if all(sorted(group) == list(range(num_channels)) for group in groups.values()):
+            return {
+                stem: [group[number] for number in range(num_channels)]
+                for stem, group in groups.items()
+            }
+    return {f"{path}": [path] for path in paths}
 
 
-def _case_of(path, root, folder, outputs):
-    case_id = re.sub(r"(\.nii(\.gz)?|\.\w+)$", "", path.relative_to(root).as_posix(), flags=re.I)
-    label_suffix, map_suffix = (".nii.gz", ".nii.gz") if is_nifti(path) else (".png", ".tif")
+def _case_of(stem, paths, root, folder, outputs):
+    stem = registry.stem_of(stem) if stem == str(paths[0]) else stem
+    case_id = Path(stem).relative_to(root).as_posix()
+    label_suffix, map_suffix = registry.output_suffixes(paths[0])
     files = {name: f"{case_id}_" + re.sub(r"\W+", "_", name) + map_suffix for name in outputs}
     files["label"] = case_id + label_suffix
     files = {name: os.path.join(folder, file) for name, file in files.items()}
-    return ImageCase(case_id, os.path.abspath(path), files)
+    first, *channels = (os.path.abspath(path) for path in paths)
+    return ImageCase(case_id, first, files, tuple(channels))
 
 
 def _refuse_clashes(cases):
     problems: list[str] = []
     image_of: dict[str, str] = {}
-    purpose_of = {os.path.realpath(case.path): "an image to segment" for case in cases}
+    purpose_of = {
+        os.path.realpath(path): "an image to segment" for case in cases for path in case.paths
+    }
     for case in cases:
         if case.case_id in image_of:
             problems.append(f"{image_of[case.case_id]} and {case.path} have one case name")
@@ -205,10 +272,18 @@ def _load_records(path):
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        return {name: content[name] for name in ("identity", "workdirs", "class_names", "cases")}
+        content = {name: content[name] for name in ("identity", "workdirs", "class_names", "cases")}
+        if not all(map(_is_record, content["cases"].values())):
+            raise ValueError("its cases are no records")
+        return content
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FolderProblem(
-            f"{path} was not written by this command ({error!r}); give another --output"
+            f"{path} was not written by this command, or is damaged ({error!r}); give another "
+            "--output, or delete that file and the predictions beside it"
         ) from error
+
+
+def _is_record(record):
+    return isinstance(record, dict) and (isinstance(record.get("error", ""), str))

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxseg.data import memory, preprocess
 from jaxseg.data import parts as parts_lib
-from jaxseg.data import preprocess
 from jaxseg.data.blocked_arrays import BlockedArray, RecordCache
 from jaxseg.data.builder import CaseBuilder, open_split
-from jaxseg.data.cases import Case, Dataset
-from jaxseg.data.fingerprint import data_fingerprint
-from jaxseg.data.verify import verify
+from jaxseg.data.cases import Case, Dataset, DatasetProblems
+from jaxseg.data.verify import Survey
 from jaxseg.run import writers
 
 # Blocks that were read are kept in memory up to this size.
@@ -85,72 +84,118 @@ def prepare(
     dataset: Dataset,
     plan_ids: Sequence[str],
     *,
+    survey: Survey,
+    fingerprint: str,
     cache_dir: str,
+    slices: bool = False,
+    saved_plan: preprocess.Plan | None = None,
     border_weight: Mapping[str, float] | None = None,
     progress: Callable[..., Iterable[Case]] = lambda items, title: items,
     process_index: int = 0,
     process_count: int = 1,
     barrier: Callable[[str], None] = lambda name: None,
     **options: Any,
-) -> tuple[CaseStore, preprocess.Plan, str]:
-    """Verifies and preprocesses a dataset, or finds that done.
+) -> tuple[CaseStore, preprocess.Plan]:
+    """Preprocesses a dataset, or finds that done.
 
-    What was finished before an interruption is not done again. Several processes that share a file
-    system share the work: the first verifies and plans, then each makes its share of the parts.
+    What was finished before an interruption is not done again; what is damaged is. Several
+    processes that share a file system share the work: the first plans, then each makes its share of
+    the parts.
 
     Args:
       dataset: `jaxseg.data.cases.Dataset`.
       plan_ids: ids of the cases whose statistics make the plan.
+      survey, fingerprint: of `surveyed.survey_once`.
       cache_dir: folder that holds one prepared set per fingerprint; local or mounted.
+      slices: whether the network is trained on slices.
+      saved_plan: of the run that goes on, which is kept to; None makes one.
       border_weight: options of `preprocess.border_weights`, to store that map with each case.
       progress: function (iterable, title) -> iterable that shows progress.
       process_index, process_count: which of the processes this is.
       barrier: function (name) that returns when every process has called it.
       **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order.
     Returns:
-      (store, plan, fingerprint): CaseStore, Plan, and the SHA-256 of the data's bytes and names.
+      (store, plan): CaseStore, Plan.
     Raises:
-      DatasetProblems: lists every problem of every case; nothing is prepared then.
+      DatasetProblems: no case has what the plan needs, or one takes more memory than there is.
       OSError: nothing can be kept in `cache_dir`, or a process that prepares was killed.
     """
     cache_dir = local_folder(cache_dir)
     if process_index > 0:
-        barrier("plan")  # until the first has read every file and made the plan
-    fingerprint = data_fingerprint(dataset, cache_dir)
+        barrier("plan")  # until the first has made it
+    chosen = [case for case in dataset.cases if case.case_id in set(plan_ids)]
+    axes = _axes(survey, plan_ids, slices) if saved_plan is None else saved_plan.axes
     wanted = repr((fingerprint, sorted(plan_ids), sorted(options.items()), CaseBuilder.VERSION))
     if border_weight:
         wanted += repr(sorted(border_weight.items()))
+    if saved_plan is None or saved_plan.keep_thin:  # else of version 0.1, whose cache is used
+        wanted += repr((tuple(axes), dataset.spacing_from, "keep_thin"))
     folder = os.path.join(cache_dir, hashlib.sha256(wanted.encode()).hexdigest()[:16])
     plan_path = os.path.join(folder, "plan.json")
     if process_index == 0:
-        if not os.path.exists(plan_path):
-            verify(dataset, progress=functools.partial(progress, title="verifying"))
-            chosen = [case for case in dataset.cases if case.case_id in set(plan_ids)]
-            plan = preprocess.make_plan(
-                progress(chosen, title="planning"),
-                label_values=dataset.label_values,
-                modalities=dataset.modalities,
-                **options,
-            )
-            os.makedirs(folder, exist_ok=True)
-            writers.write_text(plan_path, plan.to_json())
+        if (plan := saved_plan or _read_plan(plan_path)) is None:
+            shown = progress(chosen, title="planning")
+            plan = preprocess.make_plan(dataset, shown, axes=axes, **options)
+        os.makedirs(folder, exist_ok=True)
+        writers.write_text(plan_path, plan.to_json())
         barrier("plan")
     _check_shared([plan_path])
-    with open(plan_path, encoding="utf-8") as file:
-        plan = preprocess.Plan.from_json(file.read())
+    found_plan = _read_plan(plan_path)
+    if found_plan is None:
+        raise OSError(f"{plan_path}: can not be read; delete {folder} and start again")
+    plan = found_plan
+    most_bytes = _check_memory(dataset, survey, plan)
 
     parts = parts_lib.cut(dataset, folder)
-    own = [name for name in list(parts)[process_index::process_count] if not os.path.exists(name)]
+    own = list(parts)[process_index::process_count]
     parts_lib.make_parts(
-        {name: parts[name] for name in own},
+        {name: parts[name] for name in own if not parts_lib.is_whole(name)},
         functools.partial(parts_lib.make_part, plan=plan, border_weight=border_weight),
         functools.partial(progress, title="preprocessing"),
-        max((os.cpu_count() or 1) // process_count, 1),
+        min((os.cpu_count() or 1) // process_count, memory.how_often(most_bytes)),
     )
     barrier("parts")
     _check_shared(parts)
     store = CaseStore({name: [c.case_id for c in part.cases] for name, part in parts.items()})
-    return store, plan, fingerprint
+    return store, plan
+
+
+def _axes(survey, plan_ids, slices):
+    if not slices:
+        return 0, 1, 2
+    facts = [survey[case_id] for case_id in plan_ids]
+    return preprocess.slice_axes([f.shape for f in facts], [f.spacing_mm for f in facts])
+
+
+def _read_plan(path):
+    """The plan in a file, None where there is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return preprocess.Plan.from_json(file.read())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _check_memory(dataset, survey, plan):
+    """Refuses cases that take more memory than there is; the bytes that the largest takes."""
+    problems, most = [], 0
+    for case in dataset.cases:
+        facts = survey[case.case_id]
+        shape = preprocess.target_shape(facts.shape, facts.spacing_mm, plan)
+        needed = memory.bytes_to_prepare(facts.shape, shape, len(plan.normalisation))
+        most = max(most, needed)
+        if wrong := memory.too_large(needed):
+            spacing, target = (
+                " x ".join(f"{mm:.4g}" for mm in s) for s in (facts.spacing_mm, plan.spacing_mm)
+            )
+            problems.append(
+                f"{case.image_path}: {list(facts.shape)} voxels of {spacing} mm become "
+                f"{list(shape)} of {target} mm, which {wrong}; correct its spacing, leave it out "
+                "with --config.data.exclude, or set a coarser --config.preprocess.spacing_mm"
+            )
+    if problems:
+        raise DatasetProblems(problems)
+    return most
 
 
 def local_folder(path: str) -> str:

@@ -1,6 +1,7 @@
 """From the scanner's grid and units to the network's, and back: orient, resample, normalise."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,12 +11,14 @@ from scipy import ndimage
 
 from jaxseg import geometry
 from jaxseg.data import familiarity
-from jaxseg.data.cases import Case, DatasetProblems
-from jaxseg.data.images import read_image
-from jaxseg.data.labels import read_label
+from jaxseg.data.cases import Case, Dataset, DatasetProblems
+from jaxseg.data.label_values import IGNORED
+from jaxseg.data.reading import read_case_image, read_case_label
 
 # Enough voxels per case for stable percentiles, few enough to keep those of every case in memory.
 VOXELS_PER_CASE = 10_000
+# Spacings that differ by less are equally thick.
+_EQUAL_SPACING = 1.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Plan:
         standard deviation, all of the training cases' foreground; () for a "zscore" channel.
       image_order: spline order of image resampling, 1 or 3.
       label_order: 0 nearest, 1 linear of one-hot labels.
+      axes: which RAS+ axis each axis of the network's grid runs along; slices are cut across the
+        last. (The fields from here on were not in plans of version 0.1, whose rules their defaults
+        are.)
+      spacing_from: of `formats.placement.place`.
+      keep_thin: of `geometry.resample_label_to_shape`.
       typical: what the training images are like, of `familiarity.typical_ranges`.
     """
 
@@ -37,6 +45,9 @@ class Plan:
     intensity: tuple[tuple[float, ...], ...]
     image_order: int
     label_order: int
+    axes: tuple[int, ...] = (0, 1, 2)
+    spacing_from: str = "sform"
+    keep_thin: bool = False
     typical: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -45,17 +56,17 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         fields = json.loads(text)
-        for name in ("spacing_mm", "normalisation"):
+        for name in {"spacing_mm", "normalisation", "axes"} & set(fields):
             fields[name] = tuple(fields[name])
         fields["intensity"] = tuple(map(tuple, fields["intensity"]))
         return cls(**fields)
 
 
 def make_plan(
+    dataset: Dataset,
     cases: Iterable[Case],
     *,
-    label_values: Sequence[int] | None,
-    modalities: Sequence[str],
+    axes: Sequence[int],
     spacing_mm: Sequence[float],
     normalisation: str,
     image_order: int,
@@ -64,9 +75,9 @@ def make_plan(
     """Derives the plan from training cases.
 
     Args:
+      dataset: that they are of.
       cases: the training cases (`jaxseg.data.cases.Case`), verified.
-      label_values: file value of each class, or None.
-      modalities: name of each channel; () when not known.
+      axes: as in `Plan`.
       spacing_mm: target spacing, or () for the median of `cases`.
       normalisation: "ct", "zscore", or "auto": "ct" where the modality is CT.
       image_order, label_order: as in `Plan`.
@@ -75,17 +86,16 @@ def make_plan(
     """
     spacings, foregrounds, features = [], [], []
     for case in cases:
-        image, affine = read_image(case.image_path)
+        image, affine = read_case_image(dataset, case)
         image, canonical_affine = geometry.to_canonical(image, affine)
         spacings.append(geometry.spacing_mm_from_affine(canonical_affine))
         num_channels = image.shape[-1]
-        names = modalities or ("unknown",) * num_channels
+        names = dataset.modalities or ("unknown",) * num_channels
         kinds = tuple(_normalisation_of(name, normalisation) for name in names)
         features.append(familiarity.describe_image(image, spacings[-1], kinds))
         if "ct" in kinds:
-            label, label_affine = read_label(case.label_path, label_values)
-            label, _ = geometry.to_canonical(label, label_affine)
-            voxels = image[label > 0]
+            label, _ = geometry.to_canonical(read_case_label(dataset, case), affine)
+            voxels = image[(label > 0) & (label != IGNORED)]
             foregrounds.append(voxels[:: 1 + len(voxels) // VOXELS_PER_CASE])
     if "ct" in kinds and not any(map(len, foregrounds)):
         raise DatasetProblems(
@@ -103,6 +113,9 @@ def make_plan(
         ),
         image_order=image_order,
         label_order=label_order,
+        axes=tuple(axes),
+        spacing_from=dataset.spacing_from,
+        keep_thin=True,
         typical=familiarity.typical_ranges(features),
     )
 
@@ -117,11 +130,12 @@ def preprocess_image(
       affine: [4, 4] of the file.
       plan: Plan.
     Returns:
-      (image, affine): [X', Y', Z', C] float32 on the RAS+ grid of `plan.spacing_mm`, its affine.
+      (image, affine): [X', Y', Z', C] float32 on the grid of `plan.spacing_mm` along `plan.axes`,
+      its affine.
     """
     image, affine = geometry.to_canonical(image, affine)
     shape = image.shape[:3]
-    new_shape = _target_shape(shape, affine, plan)
+    new_shape = target_shape(shape, geometry.spacing_mm_from_affine(affine), plan)
     image = geometry.resample_to_shape(image, new_shape, plan.image_order)
     channels = [
         _normalise(image[..., channel], kind, statistics)
@@ -129,16 +143,31 @@ def preprocess_image(
             zip(plan.normalisation, plan.intensity, strict=True)
         )
     ]
-    return np.stack(channels, axis=-1), geometry.resampled_affine(affine, shape, new_shape)
+    affine = geometry.resampled_affine(affine, shape, new_shape)[:, [*plan.axes, 3]]
+    return np.stack([channel.transpose(plan.axes) for channel in channels], axis=-1), affine
 
 
 def preprocess_label(
     label: np.ndarray, affine: np.ndarray, plan: Plan, num_classes: int
 ) -> np.ndarray:
-    """Orients and resamples a label [X, Y, Z] uint8 to the grid of `preprocess_image`."""
+    """Orients and resamples a label [X, Y, Z] uint8 to the grid of `preprocess_image`.
+
+    IGNORED stays what it is, and is resampled by itself.
+    """
     label, affine = geometry.to_canonical(label, affine)
-    new_shape = _target_shape(label.shape, affine, plan)
-    return geometry.resample_label_to_shape(label, new_shape, num_classes, plan.label_order)
+    new_shape = target_shape(label.shape, geometry.spacing_mm_from_affine(affine), plan)
+    ignored = label == IGNORED if num_classes <= IGNORED else np.zeros(label.shape, bool)
+    resample = functools.partial(
+        geometry.resample_label_to_shape,
+        shape=new_shape,
+        order=plan.label_order,
+        keep_thin=plan.keep_thin,
+    )
+    resampled = resample(np.where(ignored, 0, label), num_classes=num_classes)
+    if ignored.any():
+        away = resample(ignored.astype(np.uint8), num_classes=2)
+        resampled[away == 1] = IGNORED
+    return resampled.transpose(plan.axes)
 
 
 def preprocess_instances(instances: np.ndarray, affine: np.ndarray, plan: Plan) -> np.ndarray:
@@ -147,9 +176,10 @@ def preprocess_instances(instances: np.ndarray, affine: np.ndarray, plan: Plan) 
     Their numbers lie below 2^24, which float32 holds exactly.
     """
     instances, affine = geometry.to_canonical(instances, affine)
-    new_shape = _target_shape(instances.shape, affine, plan)
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    new_shape = target_shape(instances.shape, spacing_mm, plan)
     resampled = geometry.resample_to_shape(instances[..., None], new_shape, order=0)
-    return resampled[..., 0].astype(np.int32)
+    return resampled[..., 0].astype(np.int32).transpose(plan.axes)
 
 
 def border_weights(instances: np.ndarray, *, w0: float = 10.0, sigma: float = 5.0) -> np.ndarray:
@@ -188,9 +218,33 @@ def border_weights(instances: np.ndarray, *, w0: float = 10.0, sigma: float = 5.
     return np.where(cells, weights, weights + gaps).astype(np.float32)
 
 
-def _target_shape(shape, affine, plan):
-    spacing_mm = geometry.spacing_mm_from_affine(affine)
+def target_shape(
+    shape: Sequence[int], spacing_mm: Sequence[float] | np.ndarray, plan: Plan
+) -> tuple[int, ...]:
+    """Voxels along the RAS+ axes of what is prepared of a volume of that shape and spacing."""
     return geometry.resampled_shape(shape, spacing_mm, plan.spacing_mm)
+
+
+def slice_axes(
+    shapes: Sequence[Sequence[int]], spacings_mm: Sequence[Sequence[float]]
+) -> tuple[int, int, int]:
+    """How volumes lie for a network of slices: which RAS+ axis is across, and the two in plane.
+
+    The axis across is that of the thickest median spacing, or the one along which every volume has
+    a single voxel; of equals the last.
+
+    Args:
+      shapes, spacings_mm: of the training cases, along RAS+ axes.
+    Returns:
+      `Plan.axes`.
+    """
+    single = np.all(np.asarray(shapes) == 1, axis=0)
+    thickness = np.median(spacings_mm, axis=0)
+    thickness = np.where(single, np.inf, thickness) if single.any() else thickness
+    thickest = thickness >= thickness.max() / _EQUAL_SPACING
+    across = int(np.flatnonzero(thickest)[-1])
+    first, second = (axis for axis in range(3) if axis != across)
+    return first, second, across
 
 
 def _normalisation_of(modality, wanted):

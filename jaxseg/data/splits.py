@@ -25,6 +25,7 @@ def split_from_file(
     *,
     subject_of: Callable[[str], str] = str,
     fold: int = 0,
+    also_test: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """Reads a split from JSON.
 
@@ -35,6 +36,7 @@ def split_from_file(
       case_ids: all cases of the dataset.
       subject_of: function from case id to subject.
       fold: which entry of a list.
+      also_test: cases of the test set that the file does not list.
     Returns:
       Dict with sorted lists of case ids under "train", "val" and "test".
     Raises:
@@ -67,6 +69,7 @@ def split_from_file(
         if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
             raise SplitProblem(f'{path}: "{name}" is not a list of case ids')
     split = {name: sorted(content.get(name, [])) for name in SETS}
+    split["test"] = sorted({*split["test"], *also_test})
     case_ids = set(case_ids) - set(content.get(UNUSED, []))
     return _checked(split, case_ids, subject_of, source=path)
 
@@ -105,6 +108,7 @@ def split_by_subject(
     test_fraction: float = 0.15,
     num_folds: int = 0,
     fold: int = 0,
+    test: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """Splits subjects at random.
 
@@ -117,17 +121,19 @@ def split_by_subject(
       test_fraction: share of all subjects, rounded.
       num_folds: the subjects outside the test set form that many folds; 0 means none.
       fold: the one that validates.
+      test: cases that are the test set, instead of a random `test_fraction`.
     Returns, Raises: as `split_from_file`.
     """
     subjects = sorted(set(map(subject_of, case_ids)))
     shuffled = list(np.random.default_rng(seed).permutation(subjects))
+    tested = set(map(subject_of, test))
     if test_regex:
-        test = {subject_of(case) for case in case_ids if re.search(test_regex, case)}
-        if not test:
+        tested = {subject_of(case) for case in case_ids if re.search(test_regex, case)}
+        if not tested:
             raise SplitProblem(f"split.test_regex {test_regex!r} matches none of the cases")
-    else:
-        test = set(shuffled[: round(test_fraction * len(subjects))])
-    rest = [subject for subject in shuffled if subject not in test]
+    elif not tested:
+        tested = set(shuffled[: round(test_fraction * len(subjects))])
+    rest = [subject for subject in shuffled if subject not in tested]
     if num_folds:
         if num_folds > len(rest):
             raise SplitProblem(
@@ -142,8 +148,66 @@ def split_by_subject(
     split: dict[str, list[str]] = {name: [] for name in SETS}
     for case in sorted(case_ids):
         subject = subject_of(case)
-        split["test" if subject in test else "val" if subject in val else "train"].append(case)
+        split["test" if subject in tested else "val" if subject in val else "train"].append(case)
     return _checked(split, case_ids, subject_of, source="the split")
+
+
+def split_as_told(
+    told: Mapping[str, tuple[str, int | None]],
+    *,
+    subject_of: Callable[[str], str] = str,
+    fold: int = 0,
+) -> dict[str, list[str]]:
+    """The split that a table gives, case by case.
+
+    Args:
+      told: for each case its set ("train", "val", "test", "unused", or "" for training and
+        validation) and the fold whose validation set it is in, or None.
+      subject_of: function from case id to subject.
+      fold: the one that validates.
+    Returns, Raises: as `split_from_file`.
+    """
+    folds = {case_fold for _, case_fold in told.values() if case_fold is not None}
+    if folds and fold not in folds:
+        raise SplitProblem(
+            f"split.fold {fold} is missing: the table has the folds {sorted(folds)}; mend "
+            "--config.split.fold or --config.ensemble.folds"
+        )
+    split: dict[str, list[str]] = {name: [] for name in SETS}
+    for case, (set_name, case_fold) in sorted(told.items()):
+        if set_name == UNUSED:
+            continue
+        if set_name == "test" or (set_name and case_fold is None):
+            split[set_name].append(case)
+        else:
+            split["val" if case_fold == fold and case_fold is not None else "train"].append(case)
+    used = [case for case, (set_name, _) in told.items() if set_name != UNUSED]
+    return _checked(split, used, subject_of, source="the table")
+
+
+def with_twins(
+    subject_of: Callable[[str], str], twins: Sequence[Sequence[str]], case_ids: Sequence[str]
+) -> Callable[[str], str]:
+    """`subject_of`, where the subjects of cases that have the same image are one.
+
+    Args:
+      subject_of: function from case id to subject.
+      twins: lists of the ids of such cases.
+      case_ids: of the dataset; twins that are not there do not count.
+    """
+    one_of: dict[str, str] = {}
+
+    def first_of(subject):
+        while subject in one_of:
+            subject = one_of[subject]
+        return subject
+
+    for group in twins:
+        subjects = [first_of(subject_of(case)) for case in group if case in set(case_ids)]
+        for subject in subjects[1:]:
+            if first_of(subject) != first_of(subjects[0]):
+                one_of[first_of(subject)] = first_of(subjects[0])
+    return lambda case_id: first_of(subject_of(case_id))
 
 
 def subject_from_regex(regex: str) -> Callable[[str], str]:

@@ -1,98 +1,239 @@
-"""Checks every file of a dataset before anything is trained on it."""
+"""Reads every file of a dataset before training: what is wrong, and what is there."""
 
 import collections
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxseg.data import cases, images, labels
-from jaxseg.geometry import AFFINE_TOLERANCE_MM
-from jaxseg.problem import FileProblem
+from jaxseg import geometry
+from jaxseg.data import cases, images, labels, memory
+from jaxseg.data.formats.volume import Remark, grouped
+from jaxseg.problem import FileProblem, file_problem
+
+_MAX_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseFacts:
+    """What is known of a case once it has been read.
+
+    Attributes:
+      shape: voxels along the RAS+ axes.
+      spacing_mm: along the same.
+      voxels: of each class; () where there is no label.
+      content: SHA-256 of the image's values; "" where all are one value.
+      remarks: (path, kind, detail) of the Remarks about its files.
+    """
+
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    voxels: tuple[int, ...]
+    content: str
+    remarks: tuple[tuple[str, str, str], ...] = ()
+
+
+Survey = dict[str, CaseFacts]  # by case id
+
+
+def to_json(survey: Survey) -> str:
+    """A survey as a text that `from_json` reads."""
+    return json.dumps({case_id: dataclasses.asdict(facts) for case_id, facts in survey.items()})
+
+
+def from_json(text: str) -> Survey:
+    """The survey that `to_json` wrote; raises ValueError, KeyError or TypeError if damaged."""
+
+    return {
+        case_id: CaseFacts(
+            shape=tuple(fields["shape"]),
+            spacing_mm=tuple(fields["spacing_mm"]),
+            voxels=tuple(fields["voxels"]),
+            content=fields["content"],
+            remarks=tuple((path, kind, detail) for path, kind, detail in fields["remarks"]),
+        )
+        for case_id, fields in json.loads(text).items()
+    }
 
 
 def verify(
     dataset: cases.Dataset,
     progress: Callable[[Iterable[cases.Case]], Iterable[cases.Case]] | None = None,
-) -> None:
+    strict: bool = False,
+) -> Survey:
     """Reads every image and label once and reports all that is wrong with them.
 
-    Files must be readable, with finite and varying image values, an invertible affine, known label
-    values, image and label on one grid, the same channels in every case, and no image twice.
+    Files must be readable, with finite values, varying where something is labelled, an invertible
+    affine, known label values, image and label on one grid, and the same channels in every case;
+    something must be labelled in some case.
 
     Args:
       dataset: cases.Dataset.
       progress: Called with the cases, returns an iterable over them (such as tqdm); None for none.
+      strict: Whether an image that is there twice is a problem.
+    Returns:
+      Survey of all cases, those without a label included.
     Raises:
       cases.DatasetProblems: One sentence for each problem of each case, in the order of the cases,
         then those that only show between cases.
     """
     problems: list[FileProblem | str] = []
     num_channels: dict[str, int] = {}
-    id_by_content: dict[tuple[tuple[int, ...], bytes], str] = {}
-    for case in progress(dataset.cases) if progress else dataset.cases:
-        image, image_affine = _try(problems, images.decode_image, case.image_path)
-        values, label_affine = _try(problems, labels.decode_label, case.label_path)
+    survey: Survey = {}
+    everyone = (*dataset.cases, *dataset.unlabelled)
+    for case in progress(everyone) if progress else everyone:
+        image = _try(problems, _image_of, dataset, case)
+        stored = _try(problems, _label_of, dataset, case) if case.label_path else None
+        remarks = []
         if image is not None:
-            problems += images.affine_problems(case.image_path, image_affine)
-            problems += images.image_problems(case.image_path, image)
-            problems += _constant_problems(case.image_path, image)
-            num_channels[case.image_path] = image.shape[3]
-            other_id = id_by_content.setdefault(_content_key(image), case.case_id)
-            if other_id != case.case_id:
-                problems.append(
-                    f"{case.image_path}: same image as case {other_id}; remove one of the two"
+            problems += images.affine_problems(case.image_path, image.affine)
+            problems += images.image_problems(case.image_path, image.values)
+            num_channels[case.image_path] = image.values.shape[3]
+            remarks += _told(dataset, case.image_path, image.remarks)
+        label = None
+        if stored is not None and case.label_path is not None:
+            problems += images.affine_problems(case.label_path, stored.affine)
+            remarks += _told(dataset, case.label_path, stored.remarks)
+            label = _try(problems, labels.encode_label, case.label_path, stored, dataset.coding)
+        if image is not None and stored is not None:
+            near = _try(problems, _grid_remarks, case, image, stored) or ()
+            remarks += _told(dataset, case.label_path, near)
+        if image is not None and image.values.size:
+            content = "" if _is_constant(image.values) else _content_key(image.values)
+            voxels = _voxels(label, len(dataset.class_names))
+            if not content and sum(voxels[1:]):
+                wrong = f"every value is {image.values.flat[0]:g}, though something is labelled"
+                mend = "copy it again from the source or remove the case"
+                problems.append(f"{case.image_path}: {wrong}; {mend}")
+            if not images.affine_problems("", image.affine):
+                canonical, affine = geometry.to_canonical(image.values, image.affine)
+                survey[case.case_id] = CaseFacts(
+                    tuple(canonical.shape[:3]),
+                    tuple(geometry.spacing_mm_from_affine(affine).tolist()),
+                    voxels,
+                    content,
+                    tuple(remarks),
                 )
-        if values is not None:
-            problems += images.affine_problems(case.label_path, label_affine)
-            try:
-                labels.encode_label(case.label_path, values, dataset.label_values)
-            except FileProblem as problem:
-                problems.append(problem)
-        if image is not None and values is not None:
-            problems += _grid_problems(case, image.shape[:3], image_affine, values, label_affine)
     problems += _channel_problems(num_channels, dataset.modalities)
+    if strict:
+        problems += [
+            f"{' and '.join(twins)} have the same image; remove one of them"
+            for twins in twins_of(survey)
+        ]
+    if not problems and not any(sum(facts.voxels[1:]) for facts in survey.values()):
+        problems.append(
+            f"{dataset.root}: no labelled foreground voxel in any case, every label is background; "
+            "check how the labels were converted"
+        )
     if problems:
         raise cases.DatasetProblems([str(problem) for problem in problems])
+    return survey
 
 
-def _try(problems, decode, path):
+def twins_of(survey: Survey) -> list[list[str]]:
+    """Ids of cases that have the same image, but for images of one value, in lists of two up."""
+    by_content = collections.defaultdict(list)
+    for case_id, facts in survey.items():
+        if facts.content:
+            by_content[facts.content].append(case_id)
+    return [twins for twins in by_content.values() if len(twins) > 1]
+
+
+def describe(survey: Survey, class_names: Sequence[str]) -> list[str]:
+    """What the user should know of data that can be used, a line for each kind of thing."""
+    remarks: dict[str, list[Remark]] = {}
+    for facts in survey.values():
+        for path, kind, detail in facts.remarks:
+            remarks.setdefault(path, []).append(Remark(kind, detail))
+    lines = grouped(remarks)
+    if twins := twins_of(survey):
+        shown = "; ".join(" and ".join(group) for group in twins[:_MAX_LISTED])
+        lines.append(
+            f"{len(twins)} image(s) are there more than once, those cases count as one subject: "
+            f"{shown}"
+        )
+    if blank := [case_id for case_id, facts in survey.items() if not facts.content]:
+        more = " ..." if len(blank) > _MAX_LISTED else ""
+        lines.append(
+            f"{len(blank)} image(s) have one value everywhere and nothing labelled: "
+            f"{', '.join(blank[:_MAX_LISTED])}{more}"
+        )
+    for index, name in enumerate(class_names):
+        if not any(facts.voxels[index] for facts in survey.values() if facts.voxels):
+            lines.append(f"no voxel of class {name!r} in any case")
+    return lines
+
+
+def _try(problems: list[Any], function: Callable[..., Any], *args: Any) -> Any:
     try:
-        return decode(path)
+        return function(*args)
     except FileProblem as problem:
         problems.append(problem)
-        return None, None
+        return None
+
+
+def _image_of(dataset, case):
+    headers = [images.describe_image(path, dataset.spacing_from) for path in case.image_paths]
+    voxels = max(memory.bytes_to_prepare(h.shape, (0,), len(headers)) for h in headers)
+    return _within_memory(
+        case.image_path, voxels, images.decode_image, case.image_paths, dataset.spacing_from
+    )
+
+
+def _label_of(dataset, case):
+    header = images.describe_image(case.label_path, dataset.spacing_from)
+    num_bytes = memory.bytes_to_prepare(header.shape, (0,), 1)
+    return _within_memory(
+        case.label_path, num_bytes, labels.decode_label, case.label_path, dataset.spacing_from
+    )
+
+
+def _within_memory(path, num_bytes, function, *args):
+    mend = "cut it into parts, leave it out with --config.data.exclude, or use a larger machine"
+    if wrong := memory.too_large(num_bytes):
+        raise file_problem(path, wrong, mend)
+    try:
+        return function(*args)
+    except MemoryError as error:
+        wrong = f"takes more memory than there is ({error})"
+        raise file_problem(path, wrong, mend) from error
+
+
+def _told(dataset, path, remarks):
+    """Remarks with the path as the dataset's folder has it, wherever that lies."""
+    name = os.path.relpath(path, dataset.root)
+    name = path if name.startswith(os.pardir) else name
+    return [(name, remark.kind, remark.detail) for remark in remarks]
+
+
+def _grid_remarks(case, image, stored):
+    return images.grid_remarks(case.label_path, stored, case.image_path, image)
+
+
+def _voxels(label, num_classes):
+    if label is None:
+        return ()
+    counts = np.zeros(256, np.int64)
+    for plane in label:  # bincount takes 8 bytes a voxel
+        counts += np.bincount(plane.ravel(), minlength=256)
+    return tuple(counts[:num_classes].tolist())
 
 
 def _content_key(image):
-    return image.shape, hashlib.sha256(np.ascontiguousarray(image).data).digest()
+    digest = hashlib.sha256(str(image.shape).encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()
 
 
-def _constant_problems(path, image):
-    if image.size and (image == image.flat[0]).all():
-        wrong = f"every value is {image.flat[0]:g}, so there is nothing to see"
-        return [f"{path}: {wrong}; copy it again from the source or remove the case"]
-    return []
+def _is_constant(image):
+    return bool((image == image.flat[0]).all())
 
 
-def _grid_problems(case, image_shape, image_affine, values, label_affine):
-    problems = []
-    if image_shape != values.shape:
-        problems.append(
-            f"{case.label_path}: shape {list(values.shape)}, but the image {case.image_path} has "
-            f"{list(image_shape)}; resample the label to the image's grid"
-        )
-    difference = np.abs(image_affine - label_affine).max()
-    if difference > AFFINE_TOLERANCE_MM:
-        problems.append(
-            f"{case.label_path}: its affine differs from that of {case.image_path} by up to "
-            f"{difference:.4g} (label {_compact(label_affine)}, image {_compact(image_affine)}); "
-            "copy the image's affine if the voxels match, else resample the label"
-        )
-    return problems
-
-
-def _channel_problems(num_channels, modalities):
+def _channel_problems(num_channels: Mapping[str, int], modalities: Sequence[str]) -> list[str]:
     """Images whose channels are not those declared or, if none are, not those of most images."""
     if not num_channels:
         return []
@@ -107,7 +248,3 @@ def _channel_problems(num_channels, modalities):
         for path, number in num_channels.items()
         if number != expected
     ]
-
-
-def _compact(affine):
-    return np.round(affine[:3], 4).tolist()

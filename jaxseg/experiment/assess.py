@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxseg import config as config_lib
 from jaxseg import parallel
-from jaxseg.data.nifti import is_nifti
+from jaxseg.data.formats.registry import is_volume
 from jaxseg.evaluation import calibration, metrics, plots, report, report_numbers, scoring
 from jaxseg.experiment import member_scores
 from jaxseg.experiment.members import kind_of_members, member_alone, member_weights
@@ -15,6 +15,7 @@ from jaxseg.experiment.predictor import FINISHED_NAME
 from jaxseg.experiment.segmented import (
     ValidationCases,
     folds_apart,
+    predict_unlabelled,
     segment_set,
     together,
 )
@@ -72,6 +73,8 @@ def assess(run: Run, state: TrainState) -> None:
         scores_alone = member_scores.scores_by_fold(run, validated.files)
         members = member_scores.summarise_members(kind, "val", run.members, scores_alone)
     _publish(run, state, segmented, calibrated, finished["postprocess"]["decisions"], members)
+    if run.data.dataset.unlabelled:
+        predict_unlabelled(run, variables, finished["postprocess"]["steps"])
 
 
 def _step(state):
@@ -84,6 +87,12 @@ def _choose(run, validated):
     steps, decisions = postprocess.choose_steps(
         ValidationCases(validated.files), run.data.num_classes
     )
+    if radii := {d["step"]["radius_mm"] for d in decisions if "radius_mm" in d["step"]} - {
+        *postprocess.RADII_MM
+    }:
+        run.log.text(
+            f"sizes were tried in units of {min(radii):.4g} mm, the smallest spacing, in place of 1"
+        )
     calibrated = calibration.calibrate(*validated.sample, set_name="val")
     return {
         "temperature": calibrated["temperature"],
@@ -102,7 +111,7 @@ def _publish(run, state, segmented, calibrated, decisions, members):
         "members": kind_of_members(run.config),
         "data": run.data.fingerprint,
         "tolerance_mm": TOLERANCE_MM,
-        "unit": "mm" if is_nifti(files[0].case.image_path) else "pixel",
+        "unit": "mm" if is_volume(files[0].case.image_path) else "pixel",
     }
     class_names = run.data.dataset.class_names
     table, mean_dice = scoring.save_scores(

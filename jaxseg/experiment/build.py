@@ -160,6 +160,7 @@ def create_recipe(
         batch_size=max(config.train.batch_size // jax.local_device_count(), 1),
         spacing_mm=plan.spacing_mm,
         image_order=plan.image_order,
+        axes=plan.axes,
         statistics=plan.intensity,
         buffer_bytes=config.predict.buffer_mib << 20,
         **options,

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Sequence
 
+from jaxseg.data.formats.registry import is_volume
+from jaxseg.data.label_values import without_ignored
 from jaxseg.data.labels import read_label
-from jaxseg.data.nifti import is_nifti
 from jaxseg.data.pairs import check_folders
 from jaxseg.evaluation import metrics, scoring, tables
 from jaxseg.run import writers
@@ -20,6 +21,8 @@ def evaluate_folders(
     others: str | None = None,
     label_values: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
+    ignore_values: Sequence[int] = (),
+    spacing_from: str = "pixdim",
     tolerance_mm: float = 1.0,
     lesions: bool = False,
     subset: bool = False,
@@ -33,6 +36,8 @@ def evaluate_folders(
       label_values: value in the files for each class, background first; None for 0 and those that
         are found in the references. (Masks of 0 and 255 fit predictions of 0 and 1.)
       class_names: of all classes, background first; None for their values.
+      ignore_values: values in the references of voxels that count for nothing.
+      spacing_from: "pixdim" or "sform": what is believed where a header contradicts itself.
       tolerance_mm, lesions: as for `score_case`.
       subset: whether references without a prediction are left out; else they are a problem.
       output: folder for evaluation.json, evaluation.csv and, with `others`, compared.json,
@@ -45,18 +50,25 @@ def evaluate_folders(
       OSError: the output can not be written.
     """
     folders = [predictions] if others is None else [predictions, others]
-    pairs_of, label_values, class_names = check_folders(
-        folders, references, label_values=label_values, class_names=class_names, subset=subset
+    pairs_of, coding, class_names, remarks = check_folders(
+        folders,
+        references,
+        label_values=label_values,
+        class_names=class_names,
+        ignore_values=ignore_values,
+        spacing_from=spacing_from,
+        subset=subset,
     )
     if output is not None:
         os.makedirs(output, exist_ok=True)
-    unit = "mm" if is_nifti(pairs_of[0][0].reference) else "pixel"
-    sections, found = [], []
+    unit = "mm" if is_volume(pairs_of[0][0].reference) else "pixel"
+    sections, found = [f"note: {remark}" for remark in remarks], []
     for folder, pairs, name in zip(folders, pairs_of, ("evaluation", "compared"), strict=False):
         scores_of = {}
         for pair in bar_over(pairs, f"scoring {folder}"):
-            prediction, _ = read_label(pair.prediction, label_values)
-            label, affine = read_label(pair.reference, label_values)
+            prediction, _ = read_label(pair.prediction, coding, spacing_from)
+            label, affine = read_label(pair.reference, coding, spacing_from)
+            prediction, label = without_ignored(prediction, label, coding)
             scores_of[pair.case_id] = scoring.score_case(
                 prediction,
                 label,
@@ -73,7 +85,7 @@ def evaluate_folders(
                 "set": "evaluation",
                 "predictions": os.path.abspath(folder),
                 "references": os.path.abspath(references),
-                "label_values": label_values,
+                "label_values": coding.values,
                 "tolerance_mm": tolerance_mm,
                 "unit": unit,
             }

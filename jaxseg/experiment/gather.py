@@ -3,14 +3,21 @@
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from jaxseg import parallel
 from jaxseg.data import cases, demo, prepared, splits
+from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.layouts import decathlon
+from jaxseg.data.layouts.find import find_dataset as find_layout
+from jaxseg.data.layouts.wanted import Wanted
 from jaxseg.data.preprocess import Plan
-from jaxseg.data.verify import verify
+from jaxseg.data.surveyed import survey_once
+from jaxseg.data.verify import Survey, describe, twins_of, verify
+from jaxseg.experiment import advice
 from jaxseg.experiment.members import members_of
 from jaxseg.run.log import Log
 
@@ -25,6 +32,7 @@ class Data:
       store: CaseStore.
       plan: preprocessing Plan.
       fingerprint: SHA-256 of the data.
+      digests: for each case the SHA-256 of its files.
     """
 
     dataset: cases.Dataset
@@ -32,6 +40,7 @@ class Data:
     store: prepared.CaseStore
     plan: Plan
     fingerprint: str
+    digests: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def split(self) -> dict[str, list[str]]:
@@ -52,39 +61,52 @@ class Data:
         return len(self.dataset.class_names)
 
 
-def load_data(config: ConfigDict, log: Log) -> Data:
+def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> Data:
     """Finds the dataset, splits it by subject, prepares it or finds it prepared.
 
     Args:
       config: validated ConfigDict.
       log: where to say what is done.
+      saved_plan: of the run that goes on; None makes one.
     Raises:
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
     cache_dir = prepared.local_folder(config.data.cache_dir)
-    try:
-        dataset = find_dataset(config, cache_dir, log)
-    except cases.DatasetProblems as problems:
-        raise _with_content_problems(problems, log) from None
-    splits_of = {fold: make_split(config, dataset, fold) for fold in _folds_of(config)}
+    together: dict[str, Any] = {
+        "cache_dir": os.path.join(cache_dir, "prepared"),
+        "progress": log.progress,
+        "process_index": jax.process_index(),
+        "barrier": parallel.barrier,
+    }
+    spacing_from = saved_plan.spacing_from if saved_plan else config.data.spacing_from
+    dataset = _found(config, cache_dir, spacing_from, log)
+    survey, fingerprint, digests = survey_once(dataset, strict=config.data.strict, **together)
+    for line in describe(survey, dataset.class_names):
+        log.text(line)
+    splits_of = {fold: make_split(config, dataset, fold, survey) for fold in _folds_of(config)}
     split = next(iter(splits_of.values()))
     if config.ensemble.folds:
         splits.check_folds(list(splits_of.values()))
+    _check_foreground(dataset, survey, splits_of.values())
     # Folds share one preparation, so none is measured on its own training cases alone.
     planned = split["train"] + (split["val"] if _cross_validates(config, dataset) else [])
-    store, plan, fingerprint = prepared.prepare(
+    store, plan = prepared.prepare(
         dataset,
         planned,
-        cache_dir=os.path.join(cache_dir, "prepared"),
-        progress=log.progress,
+        survey=survey,
+        fingerprint=fingerprint,
+        slices=len(config.data.patch_size) == 2,
+        saved_plan=saved_plan,
         border_weight=border_weight_of(config),
-        process_index=jax.process_index(),
         process_count=jax.process_count(),
-        barrier=parallel.barrier,
+        **together,
         **config.preprocess.to_dict(),
     )
+    facts = [survey[case_id] for case_id in split["train"]]
+    for line in advice.about_axes(config, dataset, facts, plan):
+        log.text(line)
     splits_of_members = tuple(splits_of[member.fold] for member in members_of(config))
-    return Data(dataset, splits_of_members, store, plan, fingerprint)
+    return Data(dataset, splits_of_members, store, plan, fingerprint, digests)
 
 
 def _folds_of(config):
@@ -92,55 +114,115 @@ def _folds_of(config):
 
 
 def _cross_validates(config, dataset):
-    if config.split.file:
-        return splits.lists_folds(os.path.join(dataset.root, config.split.file))
-    return bool(config.split.num_folds or config.ensemble.folds)
+    file = config.split.file or (dataset.split_file if _is_told(config, dataset) else "")
+    if file:
+        return splits.lists_folds(os.path.join(dataset.root, file))
+    has_folds = any(case.fold is not None for case in dataset.cases)
+    return bool(config.split.num_folds or config.ensemble.folds or has_folds)
 
 
-def _with_content_problems(missing, log):
-    """Adds what is wrong inside the files that are there, so that all is reported at once."""
-    if missing.found is None:
-        return missing
+def _is_told(config, dataset):
+    """Whether the dataset says who is in which set, and the config does not ask for otherwise."""
+    asked = config.split.file or config.split.num_folds or config.split.test_regex
+    return bool(dataset.split_file) and not asked
+
+
+def _found(config, cache_dir, spacing_from, log):
+    """The dataset; where files are missing, all that is wrong with the others is told too."""
     try:
-        verify(missing.found, progress=functools.partial(log.progress, title="verifying"))
-    except cases.DatasetProblems as wrong:
-        return cases.DatasetProblems(missing.problems + wrong.problems)
-    return missing
+        dataset = find_dataset(config, cache_dir, log)
+    except cases.DatasetProblems as problems:
+        if problems.found is None:
+            raise
+        try:
+            verify(problems.found, functools.partial(log.progress, title="verifying"))
+        except cases.DatasetProblems as wrong:
+            raise cases.DatasetProblems(problems.problems + wrong.problems) from None
+        raise
+    for note in dataset.notes:
+        log.text(f"note: {note}")
+    return dataclasses.replace(dataset, spacing_from=spacing_from)
 
 
 def find_dataset(config: ConfigDict, cache_dir: str, log: Log) -> cases.Dataset:
-    """The dataset in `data.dir`, or the demonstration cohort, made in `cache_dir` when missing."""
-    if not config.data.dir:
+    """The dataset in `data.dir`, or the demonstration cohort, made in `cache_dir` when missing.
+
+    Raises:
+      DatasetProblems: there is none, or its files are not all there.
+    """
+    data = config.data
+    if not data.dir:
         log.text(
             "no --config.data.dir: training on the embedded demonstration cohort (brain tissue, "
             "deformed from the MNI152 templates). A first run, not evidence of quality."
         )
         folder = os.path.join(cache_dir, "demo_brain")
         progress = functools.partial(log.progress, title="making the cohort")
-        return cases.find_msd_cases(demo.create_demo_cohort(folder, progress=progress))
-    root = os.path.abspath(os.path.expanduser(config.data.dir))
-    if config.data.kind == "msd":
-        return cases.find_msd_cases(root)
-    return cases.find_image_cases(
-        root,
-        config.data.image_glob,
-        config.data.label_pattern,
-        tuple(config.data.class_names),
-        tuple(config.data.label_values) or None,
+        return decathlon.find(demo.create_demo_cohort(folder, progress=progress))
+    root = os.path.abspath(os.path.expanduser(data.dir))
+    wanted = Wanted(
+        kind=data.kind,
+        image_glob=data.image_glob,
+        other_channels=tuple(data.other_channels),
+        label_pattern=data.label_pattern,
+        class_names=tuple(data.class_names),
+        coding=LabelCoding(
+            tuple(data.label_values) or None, tuple(data.ignore_values), data.objects
+        ),
+        exclude=tuple(data.exclude),
+        test_folder=data.test_folder,
+        strict=data.strict,
+        spacing_from=data.spacing_from,
     )
+    dataset = find_layout(root, wanted)
+    without = f", {len(dataset.unlabelled)} without label" if dataset.unlabelled else ""
+    log.text(f"{root}: {dataset.layout}, {len(dataset.cases)} labelled cases{without}")
+    return dataset
 
 
-def make_split(config: ConfigDict, dataset: cases.Dataset, fold: int) -> dict[str, list[str]]:
-    """The train, val and test cases that `config.split` asks for."""
+def make_split(
+    config: ConfigDict, dataset: cases.Dataset, fold: int, survey: Survey | None = None
+) -> dict[str, list[str]]:
+    """The train, val and test cases that `config.split`, or the dataset itself, asks for.
+
+    Cases with the same image, which `survey` knows, are of one subject.
+    """
     options = config.split.to_dict() | {"fold": fold}
     file, regex = options.pop("file"), options.pop("subject_regex")
     case_ids = [case.case_id for case in dataset.cases]
-    subject_of = splits.subject_from_regex(regex)
+    named = {case.case_id: case.subject for case in dataset.cases if case.subject}
+    by_regex = splits.subject_from_regex(regex)
+    subject_of = splits.with_twins(
+        lambda case_id: named.get(case_id) or by_regex(case_id), twins_of(survey or {}), case_ids
+    )
     if file:
         path = os.path.join(dataset.root, file)
         return splits.split_from_file(path, case_ids, subject_of=subject_of, fold=fold)
+    told = {case.case_id: (case.set_name, case.fold) for case in dataset.cases}
+    test = [case_id for case_id, (set_name, _) in told.items() if set_name == "test"]
+    if _is_told(config, dataset):
+        path = os.path.join(dataset.root, dataset.split_file)
+        return splits.split_from_file(
+            path, case_ids, subject_of=subject_of, fold=fold, also_test=test
+        )
+    if any(set_name or case_fold is not None for set_name, case_fold in told.values()):
+        if not (len(test) == sum(bool(any(entry)) for entry in told.values()) and test):
+            return splits.split_as_told(told, subject_of=subject_of, fold=fold)
+        options["test"] = test  # the rest is drawn
     options["num_folds"] = options["num_folds"] or config.ensemble.folds
     return splits.split_by_subject(case_ids, subject_of=subject_of, **options)
+
+
+def _check_foreground(dataset, survey, folds):
+    """Refuses to train where nothing is labelled in any training case."""
+    for split in folds:
+        if not any(sum(survey[case_id].voxels[1:]) for case_id in split["train"]):
+            raise cases.DatasetProblems(
+                [
+                    f"{dataset.root}: no training case has a labelled foreground voxel; check the "
+                    "labels and the split"
+                ]
+            )
 
 
 def border_weight_of(config: ConfigDict) -> dict[str, float] | None:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxseg import geometry
-from jaxseg.data.images import read_image
-from jaxseg.data.labels import read_label
+from jaxseg.data.label_values import without_ignored
+from jaxseg.data.reading import read_case_image, read_case_label
 from jaxseg.evaluation import metrics, statistics
 from jaxseg.experiment.members import Member, member_alone
 from jaxseg.experiment.segmented import CaseFiles
@@ -37,13 +37,14 @@ def score_members(
     scores_of: list[Scores] = [{} for _ in alone]
     title = f"scoring each member on {set_name} cases"
     for case in run.log.progress(run.data.cases_of(set_name), title=title):
-        image, affine = read_image(case.image_path)
-        reference, _ = read_label(case.label_path, run.data.dataset.label_values)
+        image, affine = read_case_image(run.data.dataset, case)
+        reference = read_case_label(run.data.dataset, case)
         spacing_mm = geometry.spacing_mm_from_affine(affine)
         for scores, member in zip(scores_of, alone, strict=True):
             label = run.segment_fn(member, image, affine)["label"]
             label = postprocess.apply_steps(label, spacing_mm, steps)
-            scores[case.case_id] = _dice(label, reference, run.data.num_classes)
+            counted = without_ignored(label, reference, run.data.dataset.coding)
+            scores[case.case_id] = _dice(*counted, run.data.num_classes)
     return scores_of
 
 

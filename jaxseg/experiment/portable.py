@@ -145,7 +145,7 @@ def export(workdirs: Sequence[str], like: str, folder: str, *, mirror: bool = Fa
       PredictorProblem, FileProblem, OSError: a run, the image or the folder can not be used.
     """
     predictor = load_predictor(workdirs, mirror=mirror)
-    image, affine = geometry.to_canonical(*read_image(like))
+    image, affine = geometry.to_canonical(*read_image(like, predictor.plan.spacing_from))
     spacing_mm = geometry.spacing_mm_from_affine(affine)
     grid = geometry.resampled_shape(image.shape[:3], spacing_mm, predictor.recipe.spacing_mm)
     box = resampling.box_of(image.shape[:3])

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxseg.data.images import read_image, write_map
+from jaxseg import geometry
+from jaxseg.data import memory
+from jaxseg.data.formats.registry import is_volume
+from jaxseg.data.images import describe_image, read_volume, write_map
 from jaxseg.data.labels import write_label
-from jaxseg.data.nifti import is_nifti
-from jaxseg.data.predictions import ImageCase, Records, find_images, state_of
+from jaxseg.data.predictions import ImageCase, Records, find_images, left_out, state_of
 from jaxseg.experiment.predictor import check_image, load_predictor, segment
-from jaxseg.problem import Problem
+from jaxseg.inference import postprocess
+from jaxseg.problem import Problem, file_problem
 
 LOG_NAME = "predict.log"
 
@@ -77,8 +81,9 @@ def predict(
       FolderProblem, PredictorProblem: Nothing can be predicted.
       OSError: The folder cannot be written.
     """
-    cases = find_images(input_path, folder, outputs, recursive)
+    find_images(input_path, folder, outputs, recursive)  # before seconds are spent on the network
     predictor = load_predictor(list(workdirs), mirror=mirror, outputs=tuple(outputs))
+    cases = find_images(input_path, folder, outputs, recursive, predictor.num_channels)
     os.makedirs(folder, exist_ok=True)
     records = Records(
         folder,
@@ -94,6 +99,8 @@ def predict(
         open(os.path.join(folder, LOG_NAME), "a", encoding="utf-8") as log,
         tqdm(total=len(cases), initial=num_before, unit="case", disable=None) as bar,
     ):
+        if others := left_out(input_path, folder, recursive):
+            _say(log, f"left out, no image that can be read: {', '.join(others)}")
 
         def finish(job):
             # Whose the files are must be known before they are there.
@@ -105,7 +112,9 @@ def predict(
                 failed[job.case.case_id] = job.record["error"]
             bar.update()
 
-        _overlap(waiting, _read, lambda job: _compute(job, predictor), finish)
+        spacing_from = predictor.plan.spacing_from
+        read = functools.partial(_read, spacing_from=spacing_from)
+        _overlap(waiting, read, lambda job: _compute(job, predictor), finish)
     return len(waiting) - len(failed), num_before, failed
 
 
@@ -137,12 +146,23 @@ def _one_ahead(pool, function, items):
         yield pending.result()
 
 
-def _read(case):
+def _read(case, spacing_from):
     job = Job(case)
     with job.stage("read"):
-        job.record |= state_of(case.path)
-        job.image, job.affine = read_image(case.path)
+        job.record |= state_of(case)
+        _check_memory(case, spacing_from)
+        volume = read_volume(case.paths, spacing_from)
+        job.image, job.affine = volume.values, volume.affine
+        job.record["remarks"] = [f"{r.kind} ({r.detail})" for r in volume.remarks]
     return job
+
+
+def _check_memory(case, spacing_from):
+    """Refuses an image that takes more memory than there is, before it is asked for."""
+    for path in case.paths:
+        shape = describe_image(path, spacing_from).shape
+        if wrong := memory.too_large(memory.bytes_to_prepare(shape, (0,), len(case.paths))):
+            raise file_problem(path, wrong, "cut it into parts, or use a larger machine")
 
 
 def _compute(job, predictor):
@@ -150,10 +170,24 @@ def _compute(job, predictor):
         return
     with job.stage("compute"):
         job.record["warnings"] = check_image(predictor, job.image, job.affine)
+        _check_grid(job, predictor)
         results = segment(predictor, job.image, job.affine)
+        spacing_mm = geometry.spacing_mm_from_affine(job.affine)
+        job.record["remarks"] += postprocess.shortened(predictor.steps, spacing_mm)
         job.results = {name: np.asarray(results[name]) for name in job.case.files}
         job.record |= _sizes(job, predictor.class_names)
     job.image = None
+
+
+def _check_grid(job, predictor):
+    """Refuses an image whose spacing would make a grid of it that memory does not hold."""
+    image, affine = geometry.to_canonical(job.image, job.affine)
+    shape, spacing_mm = image.shape, geometry.spacing_mm_from_affine(affine)
+    grid = geometry.resampled_shape(shape[:3], spacing_mm, predictor.recipe.spacing_mm)
+    if wrong := memory.too_large(memory.bytes_to_prepare(shape, grid, shape[-1])):
+        text = " x ".join(f"{mm:.4g}" for mm in spacing_mm)
+        wrong = f"{list(shape[:3])} voxels of {text} mm become {list(grid)}, which {wrong}"
+        raise file_problem(job.case.path, wrong, "correct its spacing, or cut it into parts")
 
 
 def _sizes(job, class_names):
@@ -165,7 +199,7 @@ def _sizes(job, class_names):
         counts += np.bincount(indices, minlength=len(class_names))
         if confidence is not None:
             confident += np.bincount(indices, confidence[x].ravel(), len(class_names))
-    if is_nifti(job.case.path):
+    if is_volume(job.case.path):
         sizes = {"volume_ml": counts * abs(np.linalg.det(job.affine[:3, :3])) / 1000}
     else:
         sizes = {"num_pixels": counts.astype(int)}
@@ -195,12 +229,23 @@ def _write(job, label_values):
 def _tell(job, log):
     """Logs what became of a case; what is wrong is shown on the terminal too."""
     case_id, record = job.case.case_id, job.record
-    lines = [f"{case_id}: unlike the training set: {text}" for text in record.get("warnings", ())]
+    lines = [f"{case_id}: {text}" for text in record.get("remarks", ())]
+    lines += [f"{case_id}: unlike the training set: {text}" for text in record.get("warnings", ())]
     if job.failed:
         lines.append(f"{case_id}: failed: {record['error']}")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record["seconds"].items())
+    _say(log, *lines)
+    _note(log, *job.trace.splitlines(), f"{case_id}: {stages}")
+
+
+def _say(log, *lines):
+    """Shows lines on the terminal, and logs them."""
     for line in lines:
         tqdm.write(line, file=sys.stderr)
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record["seconds"].items())
-    for line in (*lines, *job.trace.splitlines(), f"{case_id}: {stages}"):
+    _note(log, *lines)
+
+
+def _note(log, *lines):
+    for line in lines:
         log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
     log.flush()

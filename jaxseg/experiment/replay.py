@@ -12,6 +12,7 @@ from jaxseg import config as config_lib
 from jaxseg import parallel
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.gather import Data
+from jaxseg.experiment.resume import saved_plan
 from jaxseg.experiment.setup import check_batch_size, create_run, training_batches
 from jaxseg.problem import Problem
 from jaxseg.run import identity
@@ -51,7 +52,7 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
             f"{missing[0]}; choose a smaller --num_steps, or a run that was recorded"
         )
     log = SilentLog()
-    data = gather.load_data(config, log)
+    data = gather.load_data(config, log, saved_plan(workdir))
     now = identity.describe(config_json, data.fingerprint)
     for session in identity.read_sessions(workdir):
         for line in identity.differences(session, now):

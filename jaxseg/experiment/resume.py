@@ -7,27 +7,85 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
+from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.gather import Data
 from jaxseg.experiment.setup import RunProblem
 from jaxseg.run import writers
 
+_MAX_LISTED = 10
+
 
 def refuse_another_experiment(workdir: str, config: ConfigDict) -> None:
     """Raises RunProblem if the saved run in `workdir` has another config."""
-    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
-        changes = config_lib.differences(file.read(), config_lib.to_json(config))
+    saved = json.dumps(read_json(os.path.join(workdir, "config.json")))
+    changes = config_lib.differences(saved, config_lib.to_json(config))
     if changes:
         raise RunProblem(_another_run(workdir, changes))
 
 
 def refuse_other_data(workdir: str, data: Data) -> None:
     """Raises RunProblem if the saved run in `workdir` was trained on other data."""
-    with open(os.path.join(workdir, "data.json"), encoding="utf-8") as file:
-        saved = json.load(file)
+    saved = read_json(os.path.join(workdir, "data.json"))
     now = describe_data(data)
-    changes = [f"{key}: {saved[key]} -> {now[key]}" for key in now if saved[key] != now[key]]
-    if changes:
-        raise RunProblem(_another_run(workdir, changes))
+    files = _changed_files(saved.get("files", {}), now.pop("files"), data)
+    changes = [
+        f"{key}: {saved[key]} -> {now[key]}"
+        for key in now
+        if key in saved and saved[key] != now[key] and not (files and key == "fingerprint")
+    ]
+    if changes or files:
+        raise RunProblem(_another_run(workdir, changes + files))
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a JSON file of a run.
+
+    Raises:
+      RunProblem: the file is missing or damaged.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except (OSError, ValueError) as error:
+        raise RunProblem(
+            f"{path}: damaged, a file of the run can not be read ({error}); copy it from a backup, "
+            "or from beside a run of the same command, or train anew in another --config.workdir"
+        ) from None
+
+
+def saved_plan(workdir: str) -> Plan | None:
+    """The plan of the run in a folder, None if it has not come so far.
+
+    Raises:
+      RunProblem: it is damaged.
+    """
+    path = os.path.join(workdir, "plan.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        return Plan.from_json(json.dumps(read_json(path)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunProblem(f"{path}: damaged ({error!r}); copy it from a backup") from None
+
+
+def _changed_files(saved, now, data):
+    """What has become of which file, of many the first."""
+    if not saved:
+        return []
+    cases = {case.case_id: case for case in (*data.dataset.cases, *data.dataset.unlabelled)}
+    lines = [f"case {case_id} is gone" for case_id in saved if case_id not in now]
+    lines += [f"case {case_id} is new" for case_id in now if case_id not in saved]
+    for case_id in saved.keys() & now.keys():
+        for path, before, after in zip(
+            cases[case_id].paths, saved[case_id], now[case_id], strict=False
+        ):
+            if before != after:
+                lines.append(f"case {case_id}: {path} has changed")
+    more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+    return sorted(lines)[:_MAX_LISTED] + more
 
 
 def describe_data(data: Data) -> dict[str, Any]:
@@ -35,10 +93,11 @@ def describe_data(data: Data) -> dict[str, Any]:
     return writers.json_ready(
         {
             "class_names": data.dataset.class_names,
-            "label_values": data.dataset.label_values,
+            "label_values": data.dataset.coding.values,
             "modalities": data.dataset.modalities,
             "num_channels": data.num_channels,
             "fingerprint": data.fingerprint,
+            "files": data.digests,
             "split": data.split if all(s == data.split for s in data.splits) else data.splits,
         }
     )

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from jaxseg import geometry
-from jaxseg.data.cases import Case
-from jaxseg.data.images import read_image
+from jaxseg.data.cases import Case, Dataset
+from jaxseg.data.formats import registry
+from jaxseg.data.label_values import IGNORED, LabelCoding, without_ignored
 from jaxseg.data.labels import read_label, write_label
-from jaxseg.data.nifti import is_nifti
+from jaxseg.data.reading import read_case_image, read_case_label
 from jaxseg.experiment.members import member_alone
 from jaxseg.experiment.predictor import unlike_training
 from jaxseg.experiment.setup import Run
@@ -26,31 +27,38 @@ class CaseFiles:
     """A segmented case on disk, readable as one thing.
 
     Attributes:
+      dataset: that the case is of.
       case: `jaxseg.data.cases.Case`.
       prediction_path: file of its predicted label.
-      label_values: file value of each class, or None.
+      affine: of the image, [4, 4] (mm).
     """
 
+    dataset: Dataset
     case: Case
     prediction_path: str
-    label_values: tuple[int, ...] | None
+    affine: np.ndarray
 
     def read_labels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns (prediction, reference, affine); labels are [X, Y, Z] uint8."""
-        prediction, _ = read_label(self.prediction_path, self.label_values)
-        return prediction, *read_label(self.case.label_path, self.label_values)
+        """Returns (prediction, reference, affine); labels are [X, Y, Z] uint8.
+
+        Where the reference does not count both are background.
+        """
+        coding = LabelCoding(self.dataset.coding.values)
+        prediction, _ = read_label(self.prediction_path, coding)
+        reference = read_case_label(self.dataset, self.case)
+        return *without_ignored(prediction, reference, self.dataset.coding), self.affine
 
     def read_canonical(
         self,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """Returns (image, reference, prediction, spacing_mm or None) in RAS+ axes."""
-        image, affine = read_image(self.case.image_path)
+        image, affine = read_case_image(self.dataset, self.case)
         prediction, reference, _ = self.read_labels()
         reference, prediction = (
             geometry.to_canonical(label, affine)[0] for label in (reference, prediction)
         )
         image, canonical_affine = geometry.to_canonical(image, affine)
-        if not is_nifti(self.case.image_path):
+        if not registry.is_volume(self.case.image_path):
             return image, reference, prediction, None
         spacing_mm = geometry.spacing_mm_from_affine(canonical_affine)
         return image, reference, prediction, spacing_mm
@@ -113,24 +121,17 @@ def segment_set(
     Returns:
       SegmentedSet.
     """
-    folder = os.path.join(run.workdir, set_name)
-    os.makedirs(folder, exist_ok=True)
-    label_values = run.data.dataset.label_values
+    dataset = run.data.dataset
     files, samples, flags = [], [], {}
     for variables, case in run.log.progress(work, title=f"segmenting {set_name} cases"):
-        image, affine = read_image(case.image_path)
-        reference, _ = read_label(case.label_path, label_values)
-        outputs = run.segment_fn(variables, image, affine)
-        spacing_mm = geometry.spacing_mm_from_affine(affine)
-        label = postprocess.apply_steps(outputs["label"], spacing_mm, steps)
-        path = os.path.join(
-            folder, case.case_id + (".nii.gz" if is_nifti(case.image_path) else ".png")
-        )
-        write_label(path, label, affine, label_values, like=case.image_path)
-        files.append(CaseFiles(case, path, label_values))
+        image, affine = read_case_image(dataset, case)
+        reference = read_case_label(dataset, case)
+        outputs, path = _segment_and_write(run, variables, case, image, affine, set_name, steps)
+        files.append(CaseFiles(dataset, case, path, affine))
         sampled = whole_volume.sampled(reference, affine, run.recipe)
+        ignored = sampled == IGNORED if dataset.coding.ignore else None
         samples.append(
-            _near_foreground(outputs["sample"], sampled, CALIBRATION_VOXELS // len(work))
+            _near_foreground(outputs["sample"], sampled, CALIBRATION_VOXELS // len(work), ignored)
         )
         reasons = unlike_training(run.data.plan, image, affine)
         if reasons:
@@ -139,12 +140,36 @@ def segment_set(
     return SegmentedSet(set_name, files, (logits, labels), flags)
 
 
-def _near_foreground(logits, label, most):
+def predict_unlabelled(run: Run, variables: Any, steps: Sequence[dict[str, Any]]) -> None:
+    """Predicts the cases of the dataset that have no label, into a folder "predicted"."""
+    dataset = run.data.dataset
+    for case in run.log.progress(dataset.unlabelled, title="segmenting cases without label"):
+        image, affine = read_case_image(dataset, case)
+        _segment_and_write(run, variables, case, image, affine, "predicted", steps)
+
+
+def _segment_and_write(run, variables, case, image, affine, folder_name, steps):
+    """(outputs, path of the written label) of a case."""
+    folder = os.path.join(run.workdir, folder_name)
+    os.makedirs(folder, exist_ok=True)
+    outputs = run.segment_fn(variables, image, affine)
+    spacing_mm = geometry.spacing_mm_from_affine(affine)
+    label = postprocess.apply_steps(outputs["label"], spacing_mm, steps)
+    suffix, _ = registry.output_suffixes(case.image_path)
+    path = os.path.join(folder, case.case_id + suffix)
+    write_label(path, label, affine, run.data.dataset.coding.values, like=case.image_path)
+    return outputs, path
+
+
+def _near_foreground(logits, label, most, ignored=None):
     """At most `most` voxels in the box of what is or was taken for foreground.
 
-    The air around it would make any network look sure.
+    The air around it would make any network look sure. Those that are `ignored` are left out.
     """
     places = np.nonzero((label > 0) | (logits.argmax(-1) > 0))
+    if ignored is not None:
+        logits, label = logits[~ignored], label[~ignored]
+        places = (np.flatnonzero((label > 0) | (logits.argmax(-1) > 0)),)
     if places[0].size:
         box = tuple(slice(axis.min(), axis.max() + 1) for axis in places)
         logits, label = logits[box], label[box]

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxseg import config as config_lib
 from jaxseg import parallel
 from jaxseg.data import splits
+from jaxseg.data.cases import DatasetProblems
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.assess import assess
 from jaxseg.experiment.interrupts import stop_requests
@@ -23,6 +24,7 @@ from jaxseg.experiment.resume import (
     describe_data,
     refuse_another_experiment,
     refuse_other_data,
+    saved_plan,
 )
 from jaxseg.experiment.setup import (
     Run,
@@ -77,8 +79,9 @@ def train(config: ConfigDict) -> int | None:
 
 
 def _train(config, workdir, manager, log):
-    data = gather.load_data(config, log)
     is_new = manager.latest_step() is None
+    with _listing_all(workdir):
+        data = gather.load_data(config, log, None if is_new else saved_plan(workdir))
     if not is_new:
         refuse_other_data(workdir, data)
     elif jax.process_index() == 0:
@@ -106,6 +109,19 @@ def _train(config, workdir, manager, log):
     if jax.process_index() == 0:
         assess(run, state)
     return None
+
+
+@contextlib.contextmanager
+def _listing_all(workdir):
+    """Writes all problems to a file where the message shows but some of them."""
+    try:
+        yield
+    except DatasetProblems as problems:
+        if len(problems.shown()) != len(problems.problems) and jax.process_index() == 0:
+            path = os.path.join(workdir, "problems.txt")
+            writers.write_text(path, "\n".join([*problems.problems, ""]))
+            problems.all_in = path
+        raise
 
 
 def fit(

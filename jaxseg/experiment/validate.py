@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from jaxseg import parallel
-from jaxseg.data.images import read_image
-from jaxseg.data.labels import read_label
+from jaxseg.data.label_values import without_ignored
+from jaxseg.data.reading import read_case_image, read_case_label
 from jaxseg.evaluation import metrics
 from jaxseg.experiment.members import kind_of_members, member_alone, member_weights
 from jaxseg.experiment.setup import Run
@@ -48,13 +48,14 @@ def validate(run: Run, state: TrainState, val_batches: Iterable[Any]) -> dict[st
 
 def validation_dice(run: Run, variables: Any, member: int) -> float:
     """Mean Dice of a member, weights as for `run.segment_fn`, over its whole validation cases."""
-    cases = run.data.cases_of("val", member)
+    dataset, cases = run.data.dataset, run.data.cases_of("val", member)
     rank, num_processes = jax.process_index(), jax.process_count()
     dice = np.full((len(cases), run.data.num_classes), np.nan)
     for index in range(rank, len(cases), num_processes):
-        image, affine = read_image(cases[index].image_path)
-        label, _ = read_label(cases[index].label_path, run.data.dataset.label_values)
+        image, affine = read_case_image(dataset, cases[index])
+        label = read_case_label(dataset, cases[index])
         prediction = run.segment_fn(variables, image, affine)["label"]
+        prediction, label = without_ignored(prediction, label, dataset.coding)
         counts = metrics.confusion_counts(prediction, label, run.data.num_classes)
         dice[index] = metrics.scores_from_counts(counts)["dice"]
     everywhere = parallel.gather_from_processes(dice)

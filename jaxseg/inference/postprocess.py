@@ -14,7 +14,8 @@ A step is a dict that JSON holds, such as {"name": "remove_small", "classes": [1
 
 "together": true lets keep_largest and remove_small see all classes of the step as one. Regions
 connect by faces, edges and corners, as in nnU-Net, enclosing background by faces. Distances are
-those between voxel centres in mm on perpendicular axes. An axis of one voxel has no outside, so
+those between voxel centres in mm on perpendicular axes. None reaches
+farther than 32 voxels: `shortened` tells of those that would. An axis of one voxel has no outside, so
 pictures and single slices are treated in their plane.
 """
 
@@ -31,6 +32,10 @@ from jaxseg.evaluation import metrics
 MIN_VOLUMES_MM3 = (10.0, 100.0, 1000.0)
 RADII_MM = (1.0, 2.0)
 SIGMA_MM = 1.0
+# Where voxels are finer or coarser, sizes are tried in units of a voxel in place of a millimetre.
+_USUAL_SPACING_MM = (0.25, 2.0)
+# A ball of more is no detail of an outline, and takes for ever.
+_MOST_VOXELS = 32
 
 # What is on a limit stays on it when a rotated affine gives a spacing of 0.99999997 mm.
 _ROUNDING = 1e-5
@@ -38,8 +43,8 @@ _TRUNCATE = 3.0  # a Gaussian reaches this many sigma
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 _BLOCK = 64  # voxels along each axis that are blurred or measured at once
 
-# The largest sizes that a file may ask for: far beyond use, short of exhausting the memory.
-_LARGEST = {"min_volume_mm3": 1e9, "radius_mm": 50.0, "sigma_mm": 50.0}
+# The largest sizes that a file may ask for: far beyond use.
+_LARGEST = {"min_volume_mm3": 1e15, "radius_mm": 1e5, "sigma_mm": 1e5}
 
 
 def apply_steps(
@@ -80,21 +85,41 @@ def check_steps(steps: Any, num_classes: int) -> None:
             raise ValueError(f"post-processing step {step!r}: {problem}")
 
 
-def candidate_steps(num_classes: int) -> list[dict[str, Any]]:
+def shortened(
+    steps: Iterable[Mapping[str, Any]], spacing_mm: Sequence[float] | np.ndarray
+) -> list[str]:
+    """What `apply_steps` does with less reach than a step says, since voxels are so small."""
+    most = _MOST_VOXELS * float(np.min(spacing_mm))
+    return [
+        f"{step['name']} reaches {most:.4g} mm in place of {size:.4g}, {_MOST_VOXELS} voxels"
+        for step in steps
+        for size in [step.get("radius_mm", _TRUNCATE * step.get("sigma_mm", 0))]
+        if size > most
+    ]
+
+
+def candidate_steps(num_classes: int, finest_mm: float = 1.0) -> list[dict[str, Any]]:
     """The steps that `choose_steps` tries, in order: gross mistakes first, outlines last.
 
     Args:
       num_classes: Number of classes K, background included.
+      finest_mm: The usual smallest distance of voxels; where it is far from a millimetre, it is the
+        unit in which sizes are tried.
     Returns:
       List of steps, each for all foreground classes.
     """
+    low, high = _USUAL_SPACING_MM
+    unit = 1.0 if low <= finest_mm <= high else float(f"{finest_mm:.3g}")
     classes = list(range(1, num_classes))
+    steps: list[dict[str, Any]]
     steps = [{"name": "keep_largest", "together": True}] if num_classes > 2 else []
     steps.append({"name": "keep_largest"})
-    steps += [{"name": "remove_small", "min_volume_mm3": size} for size in MIN_VOLUMES_MM3]
+    steps += [
+        {"name": "remove_small", "min_volume_mm3": size * unit**3} for size in MIN_VOLUMES_MM3
+    ]
     steps.append({"name": "fill_holes"})
-    steps += [{"name": name, "radius_mm": r} for name in ("close", "open") for r in RADII_MM]
-    steps.append({"name": "smooth", "sigma_mm": SIGMA_MM})
+    steps += [{"name": name, "radius_mm": r * unit} for name in ("close", "open") for r in RADII_MM]
+    steps.append({"name": "smooth", "sigma_mm": SIGMA_MM * unit})
     return [step | {"classes": classes} for step in steps]
 
 
@@ -120,8 +145,9 @@ def choose_steps(
     """
     kept: list[dict[str, Any]] = []
     decisions: list[dict[str, Any]] = []
-    by_class, before = _measure(cases, num_classes, kept)
-    for step in candidate_steps(num_classes):
+    finest: list[float] = []
+    by_class, before = _measure(cases, num_classes, kept, finest)
+    for step in candidate_steps(num_classes, float(np.median(finest))):
         new_by_class, after = _measure(cases, num_classes, [*kept, step])
         helped = [index for index in step["classes"] if new_by_class[index] > by_class[index]]
         if helped and helped != step["classes"] and not step.get("together"):
@@ -135,10 +161,15 @@ def choose_steps(
     return kept, decisions
 
 
-def _measure(cases, num_classes, steps):
-    """Mean Dice over cases of each class, [K], and the mean over cases of their foreground's."""
+def _measure(cases, num_classes, steps, finest=None):
+    """Mean Dice over cases of each class, [K], and the mean over cases of their foreground's.
+
+    Appends the smallest spacing of each case to `finest`.
+    """
 
     def score(prediction, reference, spacing_mm):
+        if finest is not None:
+            finest.append(float(np.min(spacing_mm)))
         mended = apply_steps(prediction, spacing_mm, steps)
         counts = metrics.confusion_counts(mended, reference, num_classes)
         dice = metrics.scores_from_counts(counts)["dice"]
@@ -204,6 +235,7 @@ def _fill_holes(label, spacing_mm, classes):
 
 
 def _open(label, spacing_mm, classes, radius_mm):
+    radius_mm = min(radius_mm, _MOST_VOXELS * spacing_mm.min())
     for (index,), box in _boxes(label, classes, margin=1):
         part = label[box]
         mask = part == index
@@ -212,6 +244,7 @@ def _open(label, spacing_mm, classes, radius_mm):
 
 
 def _close(label, spacing_mm, classes, radius_mm):
+    radius_mm = min(radius_mm, _MOST_VOXELS * spacing_mm.min())
     for (index,), box in _boxes(label, classes):
         part = label[box]
         mask, inner = _pad(part == index, label.shape, _reach(radius_mm, spacing_mm))
@@ -220,6 +253,7 @@ def _close(label, spacing_mm, classes, radius_mm):
 
 
 def _smooth(label, spacing_mm, classes, sigma_mm):
+    sigma_mm = min(sigma_mm, _MOST_VOXELS * spacing_mm.min() / _TRUNCATE)
     sigma = sigma_mm / spacing_mm
 
     def blur(mask):

@@ -31,6 +31,7 @@ class Recipe:
       statistics: of `normalisation.normalise`.
       mirror_axes, outputs, temperature: of `maps.patch_maps`.
       buffer_bytes: most memory for the maps of tiles that are being blended.
+      axes: which RAS+ axis each axis of the network's grid runs along.
     """
 
     model: nn.Module
@@ -45,11 +46,14 @@ class Recipe:
     outputs: tuple[str, ...] = ("label",)
     temperature: float = 1.0
     buffer_bytes: int = 1 << 30
+    axes: tuple[int, ...] = dataclasses.field(default=(0, 1, 2), repr=False)
 
     @property
     def axis_order(self) -> tuple[int, int, int]:
         """Which axis of a volume tiles are streamed along, and the other two."""
-        return (2, 0, 1) if len(self.patch_size) == 2 else (0, 1, 2)
+        order = (2, 0, 1) if len(self.patch_size) == 2 else (0, 1, 2)
+        first, second, third = (self.axes[axis] for axis in order)
+        return first, second, third
 
 
 def segment_volume(

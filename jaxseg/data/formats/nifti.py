@@ -1,5 +1,7 @@
 """NIfTI files: volumes as they are stored, and written into the place of another volume."""
 
+import contextlib
+import gzip
 import io
 import math
 import os
@@ -13,8 +15,10 @@ from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import DTypeLike
 
-from jaxseg.data.files import COPY_AGAIN, is_packed, opened, replaced
-from jaxseg.geometry import AFFINE_TOLERANCE_MM
+from jaxseg import geometry
+from jaxseg.data.formats.files import COPY_AGAIN, opened, replaced
+from jaxseg.data.formats.placement import SPACING_FROM, place
+from jaxseg.data.formats.volume import Header, Volume
 from jaxseg.problem import FileProblem, file_problem
 
 # NIfTI is read so many voxels at a time: no second copy of a volume is ever held.
@@ -35,16 +39,31 @@ _PLACEMENT_FIELDS = (
 )
 
 
-def is_nifti(path: str | Path) -> bool:
-    """Whether the file name ends in .nii or .nii.gz."""
-    return os.fspath(path).lower().endswith((".nii", ".nii.gz"))
+def read_header(path: str | Path, spacing_from: str) -> Header:
+    """What a NIfTI file says of its values.
 
-
-def load_nifti(path: str | Path, dtype: DTypeLike | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Scaled values, [X, Y, Z] or [X, Y, Z, C], and affine of a NIfTI file.
-
-    The values are of `dtype`, None for what the file holds; too large ones become infinite.
+    Raises:
+      FileProblem: The file is missing, damaged, of another kind, or holds no real numbers.
     """
+    with _opened_image(path) as (_, image):
+        return _header_of(path, image, spacing_from)
+
+
+def read(path: str | Path, dtype: DTypeLike | None, spacing_from: str) -> Volume:
+    """Scaled values of `dtype`, None for what the file holds; too large ones become infinite.
+
+    Raises:
+      FileProblem: As `read_header`, also if values are missing.
+    """
+    with _opened_image(path) as (stream, image):
+        header = _header_of(path, image, spacing_from)
+        values = _read_voxels(path, stream, image, dtype)
+        return Volume(values.reshape(header.shape, order="F"), header.affine, header.remarks)
+
+
+@contextlib.contextmanager
+def _opened_image(path):
+    """Yields the bytes of a file and the nibabel image that stands at their beginning."""
     with opened(path) as stream:
         mark = stream.read(348)
         if not mark:
@@ -57,17 +76,61 @@ def load_nifti(path: str | Path, dtype: DTypeLike | None = None) -> tuple[np.nda
             raise file_problem(path, "not a NIfTI file, its header has no NIfTI mark", COPY_AGAIN)
         stream.seek(0)
         try:
-            image = image_class.from_stream(stream)
-            _check_kind(path, image.shape, image.get_data_dtype())
-            values = _read_voxels(path, stream, image, dtype)
+            yield stream, image_class.from_stream(stream)
         except _NIFTI_ERRORS as error:
             if isinstance(error, FileProblem):
                 raise
             raise file_problem(path, f"not a readable NIfTI file ({error})", COPY_AGAIN) from error
-        return values, np.asarray(image.affine, np.float64)
 
 
-def write_nifti(
+def _header_of(path, image, spacing_from):
+    dtype, shape = image.get_data_dtype(), _plain_shape(image.shape)
+    if dtype.fields or dtype.kind not in "iufb":
+        raise file_problem(
+            path,
+            f"voxels are {'colours' if dtype.fields else dtype.name}, not real numbers",
+            "save it with an integer or float type, colours as a fourth axis",
+        )
+    if len(shape) not in (3, 4):
+        raise file_problem(
+            path,
+            f"{len(shape)} axes, shape {list(shape)}, where 3 or 4 are expected",
+            "save it as [X, Y, Z] or [X, Y, Z, C]",
+        )
+    affine, remarks = _placement(image, spacing_from)
+    return Header(shape, dtype, affine, remarks)
+
+
+def _plain_shape(shape):
+    """(X, Y, Z) or (X, Y, Z, C), without axes of one at the end, or in place of time.
+
+    NIfTI keeps the components of a vector on its fifth axis.
+    """
+    shape = tuple(shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) == 5 and shape[3] == 1:
+        shape = (*shape[:3], shape[4])
+    return (*shape, 1) if len(shape) == 2 else shape
+
+
+def _placement(image, spacing_from):
+    header = image.header
+    sform, sform_code = header.get_sform(coded=True)
+    qform_code = int(header["qform_code"])
+    return place(
+        sform=sform,  # None where the code is 0
+        qform=header.get_qform() if qform_code > 0 else None,
+        same_code=sform_code == qform_code,
+        pixdim=header["pixdim"][1:4],
+        unit=int(header["xyzt_units"]) & 7,
+        default=header.get_base_affine(),
+        shape=(*image.shape, 1, 1)[:3],
+        spacing_from=spacing_from,
+    )
+
+
+def write(
     path: str | Path, values: np.ndarray, affine: np.ndarray, like: str | Path | None
 ) -> None:
     """Writes a volume of `values` [X, Y, Z] or [X, Y, Z, K], the whole file or none of it.
@@ -98,27 +161,13 @@ def _in_file_order(values):
     return result
 
 
-def _check_kind(path, shape, dtype):
-    if dtype.fields or dtype.kind not in "iufb":
-        raise file_problem(
-            path,
-            f"voxels are {'colours' if dtype.fields else dtype.name}, not real numbers",
-            "save it with an integer or float type, colours as a fourth axis",
-        )
-    if len(shape) not in (3, 4):
-        raise file_problem(
-            path,
-            f"{len(shape)} axes, shape {list(shape)}, where 3 or 4 are expected",
-            "save it as [X, Y, Z] or [X, Y, Z, C]",
-        )
-
-
 def _read_voxels(path, stream, image, dtype):
     """The values of a nibabel image whose file is open as `stream`, in the file's order."""
     stored, scaling = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter)
     size = math.prod(image.shape)
     num_expected = image.dataobj.offset + size * stored.itemsize
-    num_possible = os.path.getsize(path) * (_MOST_BYTES_PER_GZIP_BYTE if is_packed(path) else 1)
+    packed = isinstance(stream, gzip.GzipFile)
+    num_possible = os.path.getsize(path) * (_MOST_BYTES_PER_GZIP_BYTE if packed else 1)
     if num_expected > num_possible:  # before memory is asked for
         raise _cut_short(path, stream, num_expected)
     values = np.empty(size, dtype or apply_read_scaling(np.zeros(1, stored), *scaling).dtype)
@@ -131,7 +180,7 @@ def _read_voxels(path, stream, image, dtype):
         with np.errstate(over="ignore"):
             piece[:] = apply_read_scaling(np.frombuffer(content, stored), *scaling)
     stream.seek(0, io.SEEK_END)  # where a gzip file has its check sum
-    return values.reshape(image.shape, order="F")
+    return values
 
 
 def _cut_short(path, stream, num_expected):
@@ -140,19 +189,21 @@ def _cut_short(path, stream, num_expected):
 
 
 def _nifti_image(path, values, affine, like):
-    if like is None or not is_nifti(like):
+    if like is None:
         image = nibabel.Nifti1Image(values, affine, dtype=values.dtype)
         image.header.set_xyzt_units("mm")
         return image
-    source = nibabel.load(like)
-    assert isinstance(source, nibabel.Nifti1Image)  # NIfTI 2 derives from it
-    if source.shape[:3] != values.shape[:3] or np.abs(source.affine - affine).max() > (
-        AFFINE_TOLERANCE_MM
+    with _opened_image(like) as (_, source):
+        pass  # its header is read
+    places = [_placement(source, spacing_from)[0] for spacing_from in SPACING_FROM]
+    if _plain_shape(source.shape)[:3] != values.shape[:3] or all(
+        geometry.grid_difference(place, affine, values.shape) > geometry.SAME_GRID_VOXELS
+        for place in places
     ):
         raise ValueError(
             f"{path}: the volume (shape {list(values.shape)}, affine "
             f"{np.asarray(affine).tolist()}) is not on the grid of {like} (shape "
-            f"{list(source.shape[:3])}, affine {source.affine.tolist()})"
+            f"{list(source.shape[:3])}, affine {places[0].tolist()})"
         )
     image = type(source)(values, source.affine, dtype=values.dtype)
     for field in _PLACEMENT_FIELDS:

@@ -13,23 +13,23 @@ from jaxseg.run.writers import replacing
 
 COPY_AGAIN = "copy it again from the source"
 
-
-def is_packed(path: str | Path) -> bool:
-    """Whether the file name ends in .gz."""
-    return os.fspath(path).lower().endswith(".gz")
+_GZIP_MARK = b"\x1f\x8b"
 
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
-    """Yields the bytes of a file as a stream, decompressed if its name ends in .gz.
+    """Yields the bytes of a file as a stream, decompressed if they are gzip, whatever its name.
 
     Raises:
       FileProblem: The file is missing, cannot be read, or is a damaged gzip file; also where that
         shows only while the stream is read.
     """
     try:
-        with gzip.open(path) if is_packed(path) else open(path, "rb") as stream:
-            yield stream
+        with open(path, "rb") as file:
+            packed = file.read(2) == _GZIP_MARK
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if packed else file as stream:
+                yield stream
     except FileNotFoundError as error:
         raise file_problem(path, "no such file", "restore it or correct its name") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -42,7 +42,7 @@ def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
 def replaced(path: str | Path) -> Iterator[io.BufferedIOBase]:
     """Yields a file to write, gzip if named so, that takes the place of `path` once it is whole."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        if not is_packed(path):
+        if not os.fspath(path).lower().endswith("gz"):
             yield file
             return
         # Without name and time, equal volumes make equal files.

@@ -1,0 +1,120 @@
+"""MetaImage files (.mha, .mhd), through SimpleITK."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxseg.data.formats.extra import needing_extra
+from jaxseg.data.formats.files import COPY_AGAIN, opened
+from jaxseg.data.formats.volume import Header, Volume
+from jaxseg.problem import FileProblem, file_problem
+from jaxseg.run.writers import naming, replacing
+
+_TO_RAS = np.array([-1.0, -1.0, 1.0])  # ITK's world has its axes to the left and to the back
+
+
+def read_header(path: str | Path, spacing_from: str) -> Header:
+    """What a MetaImage file says of its values.
+
+    Raises:
+      FileProblem: The file is missing, damaged, of another kind, or SimpleITK is not installed.
+    """
+    with _reading(path) as sitk:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(os.fspath(path))
+        reader.SetImageIO("MetaImageIO")
+        reader.ReadImageInformation()
+        shape = reader.GetSize()
+        if len(shape) not in (2, 3):
+            wrong = f"{len(shape)} axes, shape {list(shape)}"
+            raise file_problem(path, wrong, "save it with three axes and channels as components")
+        channels = reader.GetNumberOfComponents()
+        plain = sitk.GetArrayFromImage(sitk.Image([1] * len(shape), reader.GetPixelID())).dtype
+        return Header(
+            (*shape, 1)[:3] + ((channels,) if channels > 1 else ()),
+            plain,
+            _affine(reader.GetDirection(), reader.GetSpacing(), reader.GetOrigin()),
+        )
+
+
+def read(path: str | Path, dtype: Any, spacing_from: str) -> Volume:
+    """The values, channels last, of `dtype` or the file's own; raises as `read_header`."""
+    header = read_header(path, spacing_from)
+    with _reading(path) as sitk:
+        image = sitk.ReadImage(os.fspath(path), imageIO="MetaImageIO")
+        values = sitk.GetArrayFromImage(image)
+        has_channels = len(header.shape) > 3
+        spatial = values.ndim - has_channels
+        values = values.transpose(*reversed(range(spatial)), *range(spatial, values.ndim))
+        values = values.reshape(header.shape)
+        return Volume(values if dtype is None else values.astype(dtype), header.affine)
+
+
+def write(
+    path: str | Path, values: np.ndarray, affine: np.ndarray, like: str | Path | None
+) -> None:
+    """Writes [X, Y, Z] or, as components, [X, Y, Z, K], in the place of `like` to the bit.
+
+    Raises:
+      FileProblem: SimpleITK is not installed.
+      OSError: The file can not be written.
+    """
+    with needing_extra(path):
+        import SimpleITK as sitk
+    axes = (2, 1, 0, *range(3, values.ndim))
+    image = sitk.GetImageFromArray(
+        np.ascontiguousarray(values.transpose(axes)), isVector=values.ndim > 3
+    )
+    if like is None:
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        image.SetSpacing(spacing.tolist())
+        image.SetDirection((_TO_RAS[:, None] * affine[:3, :3] / spacing).ravel().tolist())
+        image.SetOrigin((_TO_RAS * affine[:3, 3]).tolist())
+    else:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(os.fspath(like))
+        reader.ReadImageInformation()
+        if reader.GetDimension() == 2:
+            image = image[:, :, 0]
+        image.SetSpacing(reader.GetSpacing())
+        image.SetDirection(reader.GetDirection())
+        image.SetOrigin(reader.GetOrigin())
+    with naming(path), replacing(path) as temporary:
+        try:
+            sitk.WriteImage(image, temporary, useCompression=True)
+        except RuntimeError as error:
+            raise OSError(f"{path}: can not be written ({_last_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[Any]:
+    with needing_extra(path):
+        import SimpleITK as sitk
+    with opened(path) as stream:
+        if not stream.read(1):
+            raise file_problem(path, "the file is empty", COPY_AGAIN)
+    try:
+        yield sitk
+    except FileProblem:
+        raise
+    except RuntimeError as error:
+        wrong = f"not a readable MetaImage file ({_last_line(error)})"
+        raise file_problem(path, wrong, COPY_AGAIN) from error
+
+
+def _affine(direction, spacing, origin):
+    dimension = len(spacing)
+    affine = np.eye(4)
+    affine[:dimension, :dimension] = np.reshape(direction, (dimension, dimension)) * spacing
+    affine[:dimension, 3] = origin
+    affine[:3] *= _TO_RAS[:, None]
+    return affine
+
+
+def _last_line(error):
+    """What ITK says, without the addresses in its memory."""
+    return str(error).strip().splitlines()[-1].rpartition(": ")[2]

@@ -1,0 +1,57 @@
+"""What was found when a dataset was read, kept so that it is read once."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+
+from jaxseg.data import verify
+from jaxseg.data.cases import Case, Dataset
+from jaxseg.data.fingerprint import data_fingerprint
+from jaxseg.run import writers
+
+
+def survey_once(
+    dataset: Dataset,
+    *,
+    cache_dir: str,
+    strict: bool = False,
+    progress: Callable[..., Iterable[Case]] = lambda items, title: items,
+    process_index: int = 0,
+    barrier: Callable[[str], None] = lambda name: None,
+) -> tuple[verify.Survey, str, dict[str, list[str]]]:
+    """Verifies a dataset, or finds that done; of several processes the first does it.
+
+    Args:
+      dataset: as it was found.
+      cache_dir: folder that keeps what is known of data by their fingerprint.
+      strict: of `verify`.
+      progress: function (iterable, title) -> iterable that shows progress.
+      process_index: which of the processes this is.
+      barrier: function (name) that returns when every process has called it.
+    Returns:
+      (survey, fingerprint, digests): of `verify` and `data_fingerprint`.
+    Raises:
+      DatasetProblems: of `verify`.
+      OSError: nothing can be kept in `cache_dir`.
+    """
+    if process_index > 0:
+        barrier("survey")
+    fingerprint, digests = data_fingerprint(dataset, cache_dir)
+    known_by = hashlib.sha256(repr((fingerprint, dataset.spacing_from, strict)).encode())
+    path = os.path.join(cache_dir, "verified", f"{known_by.hexdigest()[:16]}.json")
+    survey = _read(path)
+    if survey is None:
+        survey = verify.verify(dataset, lambda cases: progress(cases, title="verifying"), strict)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        writers.write_text(path, verify.to_json(survey))
+    if process_index == 0:
+        barrier("survey")
+    return survey, fingerprint, digests
+
+
+def _read(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return verify.from_json(file.read())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
+        return None
