@@ -33,7 +33,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from report import print_report
 
-from jaxseg.data import cases, pipeline, prepared
+from jaxseg.data import builder, cases, pipeline, prepared
 from jaxseg.data.augment import region_size
 from jaxseg.data.blocked_arrays import RecordCache
 
@@ -144,12 +144,12 @@ class Uncached:
 
     def __getitem__(self, case_id):
         store = copy.copy(self._store)
-        store._records = RecordCache(store._read, prepared.CACHE_BYTES)
+        store._records = RecordCache(store._read, builder.CACHE_BYTES)
         return store[case_id]
 
 
 def in_memory(case):
-    return prepared.PreparedCase(case.image[:, :, :], case.label[:, :, :], case.locations)
+    return builder.PreparedCase(case.image[:, :, :], case.label[:, :, :], case.locations)
 
 
 def forget_files(folder):

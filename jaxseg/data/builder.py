@@ -1,5 +1,7 @@
-"""Writes preprocessed cases as ArrayRecord, through TFDS."""
+"""Preprocessed cases as ArrayRecord, through TFDS: written once, read block by block."""
 
+import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxseg.data import preprocess
-from jaxseg.data.blocked_arrays import block_boxes, block_shape
+from jaxseg.data.blocked_arrays import BlockedArray, RecordCache, block_boxes, block_shape
 from jaxseg.data.cases import Case, Dataset
 from jaxseg.data.label_values import IGNORED
 from jaxseg.data.reading import read_case_image, read_case_instances, read_case_label
@@ -16,6 +18,69 @@ from jaxseg.problem import file_problem
 
 # Enough places per class to draw training patches from.
 LOCATIONS_PER_CLASS = 4096
+
+
+# Blocks that were read are kept in memory up to this size.
+CACHE_BYTES = 4 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedCase:
+    """A case as the network sees it.
+
+    The arrays are numpy's, or read on demand: sliced by a tuple of slices, one for each axis.
+
+    Attributes:
+      image: [X, Y, Z, C] float32, normalised, RAS+ grid of the plan's spacing.
+      label: [X, Y, Z] uint8 class indices.
+      locations: for each foreground class present, [N, 3] voxels of that class.
+      weight: [X, Y, Z] float32, what each voxel counts in the loss; None means 1.
+    """
+
+    image: np.ndarray | BlockedArray
+    label: np.ndarray | BlockedArray
+    locations: tuple[np.ndarray, ...]
+    weight: np.ndarray | BlockedArray | None = None
+
+
+class CaseStore:
+    """Random access to prepared cases by id, of which only what is asked for is read.
+
+    Args:
+      parts: dict from the folder of a part to the ids of its cases, in order.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[str]]):
+        self._places = {
+            case_id: (folder, index)
+            for folder, case_ids in parts.items()
+            for index, case_id in enumerate(case_ids)
+        }
+        self._source = functools.cache(open_split)
+        self._records = RecordCache(self._read, CACHE_BYTES)
+
+    def __getitem__(self, case_id: str) -> PreparedCase:
+        """Returns the PreparedCase of that id; its arrays are read when they are sliced."""
+        folder, index = self._places[case_id]
+        header = self._records[folder, "cases", index]
+        shape, first_block = header["shape"].tolist(), int(header["first_block"][0])
+
+        def array(name, shape, dtype):
+            def read_block(number):
+                return self._records[folder, "blocks", first_block + number][name]
+
+            return BlockedArray(shape, dtype, header["block"].tolist(), read_block)
+
+        return PreparedCase(
+            image=array("image", shape, np.float32),
+            label=array("label", shape[:3], np.uint8),
+            locations=tuple(np.split(header["locations"], np.cumsum(header["num_locations"]))[:-1]),
+            weight=array("weight", shape[:3], np.float32) if "weight" in header else None,
+        )
+
+    def _read(self, key):
+        folder, split, index = key
+        return self._source(folder, split)[index]
 
 
 class CaseBuilder(tfds.core.GeneratorBasedBuilder):

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from jaxseg.data.augment import Options, augment, region_size
-from jaxseg.data.prepared import CaseStore, PreparedCase
+from jaxseg.data.builder import CaseStore, PreparedCase
 from jaxseg.geometry import mirrored
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxseg import parallel
 from jaxseg.data import cases, demo, prepared, splits
+from jaxseg.data.builder import CaseStore
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.layouts.find import find_dataset as find_layout
@@ -37,7 +38,7 @@ class Data:
 
     dataset: cases.Dataset
     splits: tuple[dict[str, list[str]], ...]
-    store: prepared.CaseStore
+    store: CaseStore
     plan: Plan
     fingerprint: str
     digests: dict[str, list[str]] = dataclasses.field(default_factory=dict)

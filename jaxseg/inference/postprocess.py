@@ -15,7 +15,7 @@ A step is a dict that JSON holds, such as {"name": "remove_small", "classes": [1
 "together": true lets keep_largest and remove_small see all classes of the step as one. Regions
 connect by faces, edges and corners, as in nnU-Net, enclosing background by faces. Distances are
 those between voxel centres in mm on perpendicular axes. None reaches
-farther than 32 voxels: `shortened` tells of those that would. An axis of one voxel has no outside, so
+farther than 32 voxels; `shortened` tells which would. An axis of one voxel has no outside, so
 pictures and single slices are treated in their plane.
 """
 

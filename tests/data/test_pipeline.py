@@ -11,8 +11,9 @@ from scipy import ndimage
 from jaxseg.config import base_config
 from jaxseg.data import blocked_arrays, cases
 from jaxseg.data.augment import region_size
+from jaxseg.data.builder import PreparedCase
 from jaxseg.data.pipeline import sample_region, train_batches
-from jaxseg.data.prepared import PreparedCase, prepare
+from jaxseg.data.prepared import prepare
 from jaxseg.inference import sliding_window
 
 OFF = base_config().augment.to_dict()

@@ -84,11 +84,11 @@ UNDER_A_LIMIT = """
 import json, re, resource, sys, time
 import numpy as np
 from jaxseg.config import base_config
-from jaxseg.data import cases, parts, prepared
+from jaxseg.data import builder, cases, parts, prepared
 from jaxseg.data.pipeline import train_batches
 
 folder, root, limit_mib, cache_mib, num_steps, rank = sys.argv[1:3] + [int(a) for a in sys.argv[3:]]
-prepared.CACHE_BYTES = cache_mib << 20
+builder.CACHE_BYTES = cache_mib << 20
 parts.MAX_WORKERS = 1
 
 def memory(name):
@@ -102,7 +102,7 @@ def batches(store, case_ids, num_steps):
         augment_params=config.augment.to_dict(),
     )
 
-small = prepared.PreparedCase(np.zeros((40, 40, 9, 1), np.float32), np.zeros((40, 40, 9)), ())
+small = builder.PreparedCase(np.zeros((40, 40, 9, 1), np.float32), np.zeros((40, 40, 9)), ())
 for _ in batches({"small": small}, ["small"], 2):  # the threads and buffers of tf.data itself
     pass
 start, start_rss = memory("VmData"), memory("VmRSS")

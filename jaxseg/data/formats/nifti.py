@@ -205,7 +205,7 @@ def _nifti_image(path, values, affine, like):
             f"{np.asarray(affine).tolist()}) is not on the grid of {like} (shape "
             f"{list(source.shape[:3])}, affine {places[0].tolist()})"
         )
-    image = type(source)(values, source.affine, dtype=values.dtype)
+    image = type(source)(values, None, dtype=values.dtype)  # not the affine, which may be unusable
     for field in _PLACEMENT_FIELDS:
         image.header[field] = source.header[field]
     return image
