@@ -33,9 +33,11 @@ from absl import app, flags
 from ml_collections import config_flags
 from report import print_report
 
-from jaxseg.data import builder, cases, pipeline, prepared
+from jaxseg.data import builder, pipeline, prepared
 from jaxseg.data.augment import region_size
 from jaxseg.data.blocked_arrays import RecordCache
+from jaxseg.data.layouts import decathlon
+from jaxseg.data.surveyed import survey_once
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/unet.py")
 NUM_BATCHES = flags.DEFINE_integer("num_batches", 30, "Timed batches.")
@@ -124,9 +126,13 @@ def make_noise_cases(root):
 
 
 def open_store(root, cache_dir):
-    store, _, _ = prepared.prepare(
-        cases.find_msd_cases(root),
+    dataset = decathlon.find(root)
+    survey, fingerprint, _ = survey_once(dataset, cache_dir=cache_dir)
+    store, _ = prepared.prepare(
+        dataset,
         case_ids(),
+        survey=survey,
+        fingerprint=fingerprint,
         cache_dir=cache_dir,
         spacing_mm=(),
         normalisation="auto",

@@ -82,6 +82,16 @@ def parse(
     return options
 
 
+def last_of_each(argv: Sequence[str]) -> list[str]:
+    """The arguments without settings of a config that come again, whose values would be joined."""
+    place_of = {argument.partition("=")[0]: place for place, argument in enumerate(argv)}
+    return [
+        argument
+        for place, argument in enumerate(argv)
+        if not argument.startswith("--config.") or place_of[argument.partition("=")[0]] == place
+    ]
+
+
 @contextlib.contextmanager
 def one_message(name: str, *, interrupted: str = "interrupted") -> Iterator[None]:
     """Ends the command with one message where its work fails for a reason that a user can mend.

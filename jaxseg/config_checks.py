@@ -114,7 +114,7 @@ def _data_problems(config):
         problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
     if len(config.preprocess.spacing_mm) not in (0, 3):
         problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
-    if data.kind not in ("auto", "msd") and not data.dir:
+    if data.kind in ("nnunet", "images", "table") and not data.dir:
         problems.append(f"data.kind is {data.kind!r}: say where it is with --config.data.dir=DIR")
     for name in ("label_pattern", "other_channels"):
         patterns = [data[name]] if isinstance(data[name], str) else data[name]

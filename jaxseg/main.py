@@ -33,10 +33,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, f
 
 def main(argv: Sequence[str]) -> None:
     """Validates, trains, and turns every expected failure into one clear message."""
-    if len(argv) > 1:
-        _exit(f"unexpected argument {argv[1]!r}: set fields with --config.FIELD=VALUE")
-    if _CONFIG.value is None:
-        _exit("say which experiment: --config=configs/unet.py")
+    if len(argv) > 1 or _CONFIG.value is None:
+        what = f"unexpected argument {argv[1]!r}: set fields with --config.FIELD=VALUE"
+        _exit(what if len(argv) > 1 else "say which experiment: --config=configs/unet.py")
     logging.set_verbosity(logging.ERROR)
     try:
         config_checks.validate(_CONFIG.value)
@@ -77,10 +76,9 @@ def _parse_flags(argv):
         print(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sep="\n")
         print("\nSettings, --config.NAME=VALUE:\n", config_reference.reference(), sep="\n")
         sys.exit()
-    argv = [_with_shipped_config(argument) for argument in _last_of_each(argv)]
+    argv = [_with_shipped_config(argument) for argument in command.last_of_each(argv)]
     rest: list[str] = []
-    problem = _problem_of(lambda: rest.extend(flags.FLAGS(argv)))
-    if problem is None:
+    if (problem := _problem_of(lambda: rest.extend(flags.FLAGS(argv)))) is None:
         return rest
     config = [argument for argument in argv if argument.startswith("--config=")]
     settings = [argument for argument in argv if argument.startswith("--config.")]
@@ -90,16 +88,6 @@ def _parse_flags(argv):
     }
     lines = [f"{setting}: {text}" for setting, text in found.items() if text]
     _exit("\n".join(lines or [problem]))
-
-
-def _last_of_each(argv):
-    """The arguments without settings that a later one overrides, whose values would be joined."""
-    place_of = {argument.partition("=")[0]: place for place, argument in enumerate(argv)}
-    return [
-        argument
-        for place, argument in enumerate(argv)
-        if not argument.startswith("--config.") or place_of[argument.partition("=")[0]] == place
-    ]
 
 
 def _with_shipped_config(argument):

@@ -90,3 +90,13 @@ def test_one_message_and_no_traceback(capsys):
     assert capsys.readouterr().err == "it: run it again\n"
     with pytest.raises(ZeroDivisionError), command.one_message("the command"):
         raise ZeroDivisionError  # a fault of ours is not hidden
+
+
+def test_of_a_setting_that_comes_twice_the_last_counts():
+    argv = ["main", "--config=a.py", "--config.x=(1,2)", "--config.y=1", "--config.x=(3,)"]
+    assert command.last_of_each(argv) == [
+        "main",
+        "--config=a.py",
+        "--config.y=1",
+        "--config.x=(3,)",
+    ]

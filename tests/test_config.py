@@ -218,11 +218,19 @@ def test_each_problem_is_named(fields, words):
     assert words in problem_after(**fields)
 
 
-def test_images_are_not_volumes():
-    config = base_config(rank=3)
-    config.data.kind, config.data.dir = "images", "somewhere"
+@pytest.mark.parametrize("kind", ["images", "nnunet", "table"])
+def test_a_layout_needs_a_folder(kind):
+    config = base_config()
+    config.data.kind = kind
     (problem,) = problems_of(config)
-    assert "data.patch_size must have 2 entries" in problem
+    assert problem == f"data.kind is {kind!r}: say where it is with --config.data.dir=DIR"
+
+
+def test_objects_are_of_masks():
+    config = base_config()
+    config.data.objects, config.data.label_values = True, (0, 1)
+    (problem,) = problems_of(config)
+    assert "data.objects" in problem and "data.label_values" in problem
 
 
 def test_an_fcn_has_five_stages():

@@ -232,10 +232,61 @@ def test_linear_label_resampling_is_the_largest_interpolated_indicator(shape):
     np.testing.assert_array_equal(result[clear], shares.argmax(-1)[clear])
 
 
-def test_linear_label_resampling_gives_a_tie_to_the_lowest_class():
+def test_linear_label_resampling_gives_a_tie_to_the_highest_class():
     label = np.array([3, 1])[:, None, None]
     result = geometry.resample_label_to_shape(label, (1, 1, 1), num_classes=4, order=1)
+    assert result.ravel() == [3]
+    result = geometry.resample_label_to_shape(
+        label, (1, 1, 1), num_classes=4, order=1, keep_thin=False
+    )
     assert result.ravel() == [1]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("factors", [(2, 2, 1), (3, 3, 1), (2, 2, 2), (4, 4, 4), (2.5, 2.5, 1)])
+def test_a_thin_structure_is_there_at_a_coarser_resolution(order, factors):
+    label = np.zeros((30, 30, 20), np.uint8)
+    label[8:28, 4:26, :] = 1  # an organ ...
+    label[13, 5:25, 10] = 2  # ... with a vessel, one voxel wide
+    shape = tuple(round(n / f) for n, f in zip(label.shape, factors, strict=True))
+    result = geometry.resample_label_to_shape(label, shape, num_classes=3, order=order)
+    old = geometry.resample_label_to_shape(
+        label, shape, num_classes=3, order=order, keep_thin=False
+    )
+    volume = np.count_nonzero(label == 2) / np.prod(factors)
+    found = np.argwhere(result == 2)
+    index = np.argwhere(label == 2)
+    touched = {tuple(voxel) for voxel in np.floor((index + 0.5) / factors).astype(int).tolist()}
+    assert 0.5 * volume <= len(found) <= max(4 * volume, len(touched))
+    centre = (found + 0.5) * factors - 0.5  # none lies where no voxel of the structure is near
+    assert np.abs(centre[:, 0] - 13).max() <= factors[0]
+    assert np.abs(centre[:, 2] - 10).max() <= factors[2]
+    np.testing.assert_array_equal(result[result != 2] == 1, old[result != 2] == 1)
+
+
+def test_resampling_for_thin_structures_changes_no_thick_one():
+    index = np.moveaxis(np.indices((40, 40, 20)), 0, -1)
+    ball = (np.linalg.norm((index - (19.3, 20.1, 9.7)) * (1, 1, 2), axis=-1) < 15.2).astype(int)
+    shape = (29, 23, 11)  # no ties
+    with_thin, without = (
+        geometry.resample_label_to_shape(ball, shape, num_classes=2, order=1, keep_thin=keep)
+        for keep in (True, False)
+    )
+    np.testing.assert_array_equal(with_thin, without)
+
+
+def test_grid_difference_by_hand():
+    affine = np.diag([0.7, 1.0, 2.0, 1.0])
+    moved = affine.copy()
+    moved[2, 3] = 0.5
+    assert geometry.grid_difference(affine, moved, (10, 10, 10)) == pytest.approx(0.25)
+    finer = np.diag([0.6991, 1.0, 2.0, 1.0])  # 0.0009 mm a voxel, over 700
+    expected = 699.5 * 0.0009 / 0.7
+    assert geometry.grid_difference(affine, finer, (700, 9, 9)) == pytest.approx(expected)
+    turned = np.diag([0.7, 1.0, 2.0, 1.0])[[1, 0, 2, 3]]
+    assert geometry.grid_difference(affine, turned, (4, 4, 4)) > 1
+    affine[0, 0] = np.nan
+    assert geometry.grid_difference(np.eye(4), affine, (4, 4, 4)) == np.inf
 
 
 def test_nearest_label_resampling_by_hand():

@@ -131,7 +131,11 @@ def test_file_imports_from_its_own_room_or_below(module):
             "from jaxseg.evaluation import metrics",
             ["jaxseg.evaluation.metrics"],
         ),
-        ("jaxseg.evaluation.plots", "from jaxseg.data import nifti", ["jaxseg.data.formats.nifti"]),
+        (
+            "jaxseg.evaluation.plots",
+            "from jaxseg.data.formats import nifti",
+            ["jaxseg.data.formats.nifti"],
+        ),
         ("jaxseg.models.unet", "from jaxseg.training.optim import f", ["jaxseg.training.optim"]),
         ("jaxseg.predict", "from jaxseg import evaluate", ["jaxseg.evaluate"]),
         ("jaxseg.run.log", "import jaxseg.data.cases", ["jaxseg.data.cases"]),

@@ -24,6 +24,8 @@ from jaxseg.run import writers
 # Cases of a part, which is made whole or again; more where there would be too many parts to open.
 CASES_PER_PART = 4
 MAX_PARTS = 64
+# What ArrayRecord writes at once: with less space, that is why it failed.
+_LITTLE_SPACE = 1 << 20
 # Says of each file of a part what it is to be.
 MANIFEST = "files.json"
 # Smaller data (as files) is prepared before other processes have started.
@@ -156,6 +158,9 @@ def _blaming(cache_dir):
     except (Problem, MemoryError):
         raise
     except Exception as error:
+        is_full = shutil.disk_usage(cache_dir).free < _LITTLE_SPACE or "No space" in str(error)
+        if not isinstance(error, OSError) and not is_full:
+            raise
         raise OSError(
             f"{cache_dir}: prepared cases can not be kept there ({_first_line(error)}); free space "
             "on its disk, or set --config.data.cache_dir to another folder"

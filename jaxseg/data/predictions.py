@@ -16,8 +16,6 @@ from jaxseg.run.writers import json_ready, write_text
 
 RECORDS_NAME = "predictions.json"
 
-_LOCK_NAME = ".predictions.lock"
-
 # nnU-Net's names for the channels of an image.
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _MAX_NAMED = 10
@@ -153,8 +151,9 @@ class Records:
     @contextlib.contextmanager
     def _updating(self):
         """Reads what the file holds, since other processes write to it too, and writes it again."""
-        with open(os.path.join(os.path.dirname(self._path), _LOCK_NAME), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of the folder: another process waits here
             self.content = _load_records(self._path) or self._fresh
             if self.content["identity"] != self._fresh["identity"]:
                 raise FolderProblem(
@@ -164,6 +163,8 @@ class Records:
                 )
             yield
             write_text(self._path, json.dumps(self.content, indent=1) + "\n")
+        finally:
+            os.close(lock)
 
 
 def left_out(input_path: str | Path, folder: str | Path, recursive: bool) -> list[str]:

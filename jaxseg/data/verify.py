@@ -110,14 +110,7 @@ def verify(
                 mend = "copy it again from the source or remove the case"
                 problems.append(f"{case.image_path}: {wrong}; {mend}")
             if not images.affine_problems("", image.affine):
-                canonical, affine = geometry.to_canonical(image.values, image.affine)
-                survey[case.case_id] = CaseFacts(
-                    tuple(canonical.shape[:3]),
-                    tuple(geometry.spacing_mm_from_affine(affine).tolist()),
-                    voxels,
-                    content,
-                    tuple(remarks),
-                )
+                survey[case.case_id] = _facts(image, voxels, content, remarks)
     problems += _channel_problems(num_channels, dataset.modalities)
     if strict:
         problems += [
@@ -125,13 +118,17 @@ def verify(
             for twins in twins_of(survey)
         ]
     if not problems and not any(sum(facts.voxels[1:]) for facts in survey.values()):
-        problems.append(
-            f"{dataset.root}: no labelled foreground voxel in any case, every label is background; "
-            "check how the labels were converted"
-        )
+        wrong = "no labelled foreground voxel in any case, every label is background"
+        problems.append(f"{dataset.root}: {wrong}; check how the labels were converted")
     if problems:
         raise cases.DatasetProblems([str(problem) for problem in problems])
     return survey
+
+
+def _facts(image, voxels, content, remarks):
+    canonical, affine = geometry.to_canonical(image.values, image.affine)
+    spacing_mm = geometry.spacing_mm_from_affine(affine).tolist()
+    return CaseFacts(tuple(canonical.shape[:3]), tuple(spacing_mm), voxels, content, tuple(remarks))
 
 
 def twins_of(survey: Survey) -> list[list[str]]:

@@ -9,8 +9,10 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxseg import parallel
+from jaxseg.config import ConfigProblems
 from jaxseg.data import cases, demo, prepared, splits
 from jaxseg.data.builder import CaseStore
+from jaxseg.data.formats.registry import is_volume
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.layouts.find import find_dataset as find_layout
@@ -71,6 +73,7 @@ def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> D
       saved_plan: of the run that goes on; None makes one.
     Raises:
       DatasetProblems, SplitProblem, OSError: the data can not be used.
+      ConfigProblems: not by such a network.
     """
     cache_dir = prepared.local_folder(config.data.cache_dir)
     together: dict[str, Any] = {
@@ -81,6 +84,8 @@ def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> D
     }
     spacing_from = saved_plan.spacing_from if saved_plan else config.data.spacing_from
     dataset = _found(config, cache_dir, spacing_from, log)
+    if len(config.data.patch_size) == 3 and not is_volume(dataset.cases[0].image_path):
+        raise ConfigProblems(["the data are pictures: data.patch_size must have 2 entries"])
     survey, fingerprint, digests = survey_once(dataset, strict=config.data.strict, **together)
     for line in describe(survey, dataset.class_names):
         log.text(line)

@@ -20,14 +20,26 @@ from jaxseg.data import (
     labels,
     prepared,
     preprocess,
+    reading,
+    verify,
 )
 from jaxseg.data import parts as parts_lib
+from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.layouts import decathlon
+from jaxseg.data.surveyed import survey_once
 
 OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
 
 
 def prepare(dataset, cache_dir, plan_ids=("case_00", "case_01"), **options):
-    return prepared.prepare(dataset, plan_ids, cache_dir=str(cache_dir), **(OPTIONS | options))
+    cache_dir = prepared.local_folder(str(cache_dir))
+    shared = {
+        name: options[name] for name in ("progress", "process_index", "barrier") if name in options
+    }
+    survey, data_fingerprint, _ = survey_once(dataset, cache_dir=cache_dir, **shared)
+    known = {"survey": survey, "fingerprint": data_fingerprint, "cache_dir": cache_dir}
+    made = prepared.prepare(dataset, plan_ids, **known, **(OPTIONS | options))
+    return *made, data_fingerprint
 
 
 def whole(case):
@@ -39,7 +51,7 @@ def whole(case):
 
 @pytest.fixture
 def dataset(make_msd_folder):
-    return cases.find_msd_cases(make_msd_folder(num_cases=3))
+    return decathlon.find(make_msd_folder(num_cases=3))
 
 
 @pytest.fixture
@@ -47,11 +59,11 @@ def count_reads(monkeypatch):
     """Case images read by the builder, in order."""
     reads = []
 
-    def counted(path):
-        reads.append(pathlib.Path(path).name)
-        return images.read_image(path)
+    def counted(dataset, case):
+        reads.append(pathlib.Path(case.image_path).name)
+        return reading.read_case_image(dataset, case)
 
-    monkeypatch.setattr(builder, "read_image", counted)
+    monkeypatch.setattr(builder, "read_case_image", counted)
     return reads
 
 
@@ -87,12 +99,12 @@ def test_records_are_what_preprocessing_gives(tmp_path, make_msd_folder):
         volume = nibabel.load(path)
         turned = nibabel.Nifti1Image(np.asarray(volume.dataobj), affine)
         nibabel.save(turned, path)
-    dataset = cases.find_msd_cases(root)
+    dataset = decathlon.find(root)
     store, plan, _ = prepare(dataset, tmp_path / "cache", ["case_00"], spacing_mm=(1.0, 1.2, 1.5))
     assert plan.spacing_mm == (1.0, 1.2, 1.5)
     for case in dataset.cases:
         image, file_affine = images.read_image(case.image_path)
-        label, _ = labels.read_label(case.label_path, dataset.label_values)
+        label, _ = labels.read_label(case.label_path, dataset.coding)
         expected, _ = preprocess.preprocess_image(image, file_affine, plan)
         prepared = whole(store[case.case_id])
         np.testing.assert_array_equal(prepared.image, expected)
@@ -137,7 +149,7 @@ def test_a_case_without_foreground_has_no_locations(tmp_path, dataset):
 
 def test_more_than_ten_cases_keep_their_names(tmp_path, make_msd_folder):
     root = make_msd_folder(num_cases=12, shape=(16, 15, 5))
-    dataset = cases.find_msd_cases(root)
+    dataset = decathlon.find(root)
     for index, case in enumerate(dataset.cases):
         volume = nibabel.load(case.label_path)
         label = np.asarray(volume.dataobj).copy()
@@ -157,7 +169,7 @@ def test_prepared_once_reused_after(tmp_path, dataset, count_reads, monkeypatch)
     def forbidden(*args, **kwargs):
         raise AssertionError("done before")
 
-    monkeypatch.setattr(prepared, "verify", forbidden)
+    monkeypatch.setattr(verify, "verify", forbidden)
     monkeypatch.setattr(preprocess, "make_plan", forbidden)
     second, same_plan, same_fingerprint = prepare(dataset, tmp_path / "cache")
     assert len(count_reads) == 3
@@ -168,7 +180,7 @@ def test_prepared_once_reused_after(tmp_path, dataset, count_reads, monkeypatch)
 def test_a_copy_of_the_data_elsewhere_is_the_same_data(tmp_path, dataset, count_reads):
     _, _, fingerprint = prepare(dataset, tmp_path / "cache")
     shutil.copytree(dataset.root, tmp_path / "copy")
-    copy = cases.find_msd_cases(tmp_path / "copy")
+    copy = decathlon.find(tmp_path / "copy")
     assert prepare(copy, tmp_path / "cache")[2] == fingerprint
     assert len(count_reads) == 3
 
@@ -197,20 +209,21 @@ def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, o
 
 def test_changed_data_is_another_fingerprint(tmp_path, dataset):
     def of(dataset):
-        return fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
+        return fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))[0]
 
     fingerprints = [of(dataset)]
     rewrite_image(dataset, 1, lambda image: image + (image == image.max()))
     fingerprints.append(of(dataset))
     for changes in (
         {"class_names": ("background", "outer", "core")},
-        {"label_values": (0, 2, 1)},
+        {"coding": LabelCoding((0, 2, 1))},
+        {"coding": LabelCoding((0, 1, 2), ignore=(3,))},
         {"modalities": ("CT",)},
         {"cases": dataset.cases[:2]},
         {"cases": (dataclasses.replace(dataset.cases[0], case_id="x"), *dataset.cases[1:])},
     ):
         fingerprints.append(of(dataclasses.replace(dataset, **changes)))
-    assert len(set(fingerprints)) == 7
+    assert len(set(fingerprints)) == 8
 
 
 def test_changed_bytes_of_a_file_are_prepared_again(tmp_path, dataset, count_reads):
@@ -356,7 +369,7 @@ def test_an_unknown_case_is_an_error(tmp_path, dataset):
 
 def test_store_reads_again_when_memory_is_short(tmp_path, dataset, monkeypatch):
     roomy, _, _ = prepare(dataset, tmp_path / "cache")
-    monkeypatch.setattr(prepared, "CACHE_BYTES", 1)
+    monkeypatch.setattr(builder, "CACHE_BYTES", 1)
     store, _, _ = prepare(dataset, tmp_path / "cache")
     for case_id in ("case_00", "case_01", "case_00", "case_02"):
         assert_same_case(store[case_id], roomy[case_id])
@@ -404,7 +417,7 @@ def test_border_weights_are_stored_apart_and_read_back(tmp_path, dataset, count_
     assert len(count_reads) == 2 * len(dataset.cases)  # the third finds the second's
     for case in dataset.cases:
         assert plain[case.case_id].weight is None
-        instances, affine = labels.read_instances(case.label_path, dataset.label_values)
+        instances, affine = labels.read_instances(case.label_path, dataset.coding)
         plan = preprocess.Plan((1.0, 1.0, 2.0), ("zscore",), ((),), 1, 1)
         instances = preprocess.preprocess_instances(instances, affine, plan)
         expected = preprocess.border_weights(instances, **options)
@@ -491,7 +504,7 @@ def test_processes_that_share_the_work_make_what_one_makes(
         for store, same_plan, same_fingerprint in made.values():
             assert (same_plan, same_fingerprint) == (plan, fingerprint)
             assert_same_store(store, expected, dataset)
-    assert names == [["plan", "parts"] * 2] * 2
+    assert names == [["survey", "plan", "parts"] * 2] * 2
     assert sorted(count_reads) == ["case_00.nii.gz", "case_01.nii.gz", "case_02.nii.gz"]
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.data import images, labels, nifti
+from jaxseg.data import images, labels
+from jaxseg.data.formats import nifti, registry
+from jaxseg.data.label_values import IGNORED, LabelCoding
 from jaxseg.problem import FileProblem
 
 OBLIQUE = np.array(
@@ -47,8 +49,8 @@ def random_values(dtype, shape=(3, 4, 5)):
     [("a.nii", True), ("a.nii.gz", True), ("A.NII.GZ", True), ("a.gz", False), ("a.png", False)],
 )
 def test_is_nifti(name, expected):
-    assert nifti.is_nifti(name) is expected
-    assert nifti.is_nifti(pathlib.Path("folder.nii", name)) is expected
+    assert registry.is_volume(name) is expected
+    assert registry.is_volume(pathlib.Path("folder.nii", name)) is expected
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
@@ -95,7 +97,7 @@ def test_read_image_of_another_byte_order(tmp_path):
     np.testing.assert_array_equal(image[..., 0], values)
     np.testing.assert_array_equal(affine, OBLIQUE)
     labels.write_label(tmp_path / "b.nii", values, affine, range(200), like=tmp_path / "a.nii")
-    label, affine = labels.read_label(tmp_path / "b.nii", range(200))
+    label, affine = labels.read_label(tmp_path / "b.nii", LabelCoding(tuple(range(200))))
     np.testing.assert_array_equal(label, values)
     np.testing.assert_array_equal(affine, OBLIQUE)
 
@@ -161,7 +163,7 @@ def test_read_image_gives_the_colours_of_a_palette_and_read_label_its_indices(tm
     picture.save(tmp_path / "a.png")
     image, _ = images.read_image(tmp_path / "a.png")
     np.testing.assert_array_equal(image[:, :, 0], colours[indices])
-    label, _ = labels.read_label(tmp_path / "a.png", (0, 1, 2))
+    label, _ = labels.read_label(tmp_path / "a.png", LabelCoding((0, 1, 2)))
     np.testing.assert_array_equal(label[..., 0], indices)
 
 
@@ -198,29 +200,26 @@ def damaged_files(folder):
         "tail.nii.gz": (packed[:-4], "damaged gzip file"),
         "sum.nii.gz": (bytes(flipped), "damaged gzip file"),
         "garbled.nii.gz": (packed[:12] + b"\xff" * 40 + packed[52:], "damaged gzip file"),
-        "plain.nii.gz": (good, "damaged gzip file"),
-        "packed.nii": (packed, "not a NIfTI file"),
         "magic.nii": (good[:344] + b"XYZ\0" + good[348:], "not a NIfTI file"),
         "pair.nii": (good[:344] + b"ni1\0" + good[348:], "not a NIfTI file"),
         "text.nii": (b"hello", "not a NIfTI file"),
         "half.nii": (good[:-20], f"it holds {len(good) - 20} of {len(good)} bytes"),
         "type.nii": (good[:70] + b"\xff\x7f" + good[72:], "not a readable NIfTI file"),
-        "text.png": (b"hello", "not a readable PNG, JPEG, TIFF file"),
+        "text.png": (b"hello", "not a readable PNG, JPEG, BMP, TIFF file"),
     }
     for suffix in ("png", "jpg", "tif"):
         whole = save_picture(folder / f"whole.{suffix}", random_values(np.uint8, (64, 64)))
         content = whole.read_bytes()
         contents[f"half.{suffix}"] = (
             content[: len(content) // 2],
-            "not a readable PNG, JPEG, TIFF",
+            "not a readable PNG, JPEG, BMP, TIFF",
         )
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)
     messages = {name: message for name, (_, message) in contents.items()}
 
     Image.fromarray(random_values(np.uint8, (3, 4))).save(folder / "gif.png", "GIF")
-    save_nifti(folder / "flat.nii", random_values(np.int16, (3, 4)))
-    save_nifti(folder / "five.nii", random_values(np.int16, (3, 4, 5, 1, 2)))
+    save_nifti(folder / "five.nii", random_values(np.int16, (3, 4, 5, 2, 2)))
     save_nifti(folder / "complex.nii", random_values(np.complex64))
     save_nifti(folder / "rgb.nii", np.zeros((3, 4, 5), [(c, "u1") for c in "RGB"]))
     Image.fromarray(random_values(np.uint8, (3, 4, 4)), "CMYK").save(folder / "cmyk.tif")
@@ -229,9 +228,8 @@ def damaged_files(folder):
     return messages | {
         "missing.nii.gz": "no such file",
         "missing.png": "no such file",
-        "gif.png": "not a readable PNG, JPEG, TIFF file",
-        "flat.nii": r"2 axes, shape [3, 4]",
-        "five.nii": r"5 axes, shape [3, 4, 5, 1, 2]",
+        "gif.png": "not a readable PNG, JPEG, BMP, TIFF file",
+        "five.nii": r"5 axes, shape [3, 4, 5, 2, 2]",
         "complex.nii": "voxels are complex64",
         "rgb.nii": "voxels are colours",
         "cmyk.tif": "colour mode CMYK",
@@ -243,7 +241,7 @@ def damaged_files(folder):
 def test_every_damaged_file_is_a_file_problem_that_names_it_and_the_mend(tmp_path):
     for name, message in damaged_files(tmp_path).items():
         path = str(tmp_path / name)
-        for read in (images.read_image, lambda path: labels.read_label(path, None)):
+        for read in (images.read_image, lambda path: labels.read_label(path, LabelCoding())):
             with pytest.raises(FileProblem) as caught:
                 read(path)
             text = str(caught.value)
@@ -279,8 +277,8 @@ def test_an_unusable_affine_is_refused(tmp_path, entry, word):
     path.write_bytes(content)
     for read, options in (
         (images.read_image, ()),
-        (labels.read_label, (None,)),
-        (labels.read_instances, (None,)),
+        (labels.read_label, (LabelCoding(),)),
+        (labels.read_instances, (LabelCoding(),)),
     ):
         with pytest.raises(FileProblem, match=rf"a\.nii: the affine is {word}"):
             read(path, *options)
@@ -291,7 +289,7 @@ def test_an_unusable_affine_is_refused(tmp_path, entry, word):
 def test_read_label_maps_values_to_class_indices(tmp_path, dtype, last_axis):
     values = np.array([0, 7, 3, 7, 0, 3]).astype(dtype).reshape(1, 2, 3, *last_axis)
     path = save_nifti(tmp_path / "a.nii.gz", values)
-    label, affine = labels.read_label(path, (0, 7, 3))
+    label, affine = labels.read_label(path, LabelCoding((0, 7, 3)))
     assert label.dtype == np.uint8
     np.testing.assert_array_equal(label, [[[0, 1, 2], [1, 0, 2]]])
     np.testing.assert_array_equal(affine, OBLIQUE)
@@ -300,55 +298,133 @@ def test_read_label_maps_values_to_class_indices(tmp_path, dtype, last_axis):
 def test_read_label_holds_256_classes(tmp_path):
     values = np.arange(256, dtype=np.int16).reshape(4, 8, 8)
     path = save_nifti(tmp_path / "a.nii", values)
-    label, _ = labels.read_label(path, tuple(reversed(range(256))))
+    label, _ = labels.read_label(path, LabelCoding(tuple(reversed(range(256)))))
     np.testing.assert_array_equal(label, 255 - values)
 
 
-def test_read_label_without_values_takes_everything_above_zero_as_class_one(tmp_path):
-    path = save_picture(tmp_path / "a.png", np.array([[0, 1, 300], [65535, 0, 2]], np.uint16))
-    label, affine = labels.read_label(path, None)
-    assert label.dtype == np.uint8
-    np.testing.assert_array_equal(label[..., 0], [[0, 1, 1], [1, 0, 1]])
-    np.testing.assert_array_equal(affine, np.eye(4))
+def test_a_mask_has_one_value_besides_0(tmp_path):
+    for dtype, value in ((np.uint8, 255), (np.uint8, 1), (np.uint16, 65535)):
+        mask = np.array([[0, value, 0], [value, value, 0]], dtype)
+        label, affine = labels.read_label(save_picture(tmp_path / "a.png", mask), LabelCoding())
+        assert label.dtype == np.uint8
+        np.testing.assert_array_equal(label[..., 0], [[0, 1, 0], [1, 1, 0]])
+        np.testing.assert_array_equal(affine, np.eye(4))
+
+
+def test_several_values_of_a_mask_are_not_all_foreground(tmp_path):
+    path = save_picture(tmp_path / "a.png", np.array([[0, 1, 1], [255, 0, 1]], np.uint8))
+    with pytest.raises(FileProblem, match=r"label values 1 \(3 .*255 \(1 .*ignore_val"):
+        labels.read_label(path, LabelCoding())
+    without_void, _ = labels.read_label(path, LabelCoding(ignore=(255,)))
+    np.testing.assert_array_equal(without_void[..., 0], [[0, 1, 1], [IGNORED, 0, 1]])
+    as_objects, _ = labels.read_label(path, LabelCoding(objects=True))
+    np.testing.assert_array_equal(as_objects[..., 0], [[0, 1, 1], [1, 0, 1]])
 
 
 def test_read_label_names_and_counts_unknown_values(tmp_path):
     values = np.array([0, 127, 255, 128, 128, 0.5, -1, np.nan], np.float32).reshape(2, 2, 2)
     path = save_nifti(tmp_path / "a.nii", values)
     with pytest.raises(FileProblem) as caught:
-        labels.read_label(path, (0, 127, 255))
+        labels.read_label(path, LabelCoding((0, 127, 255)))
     listing = "-1 (1 voxels), 0.5 (1 voxels), 128 (2 voxels), nan (1 voxels)"
     assert f"{path}: unknown label values {listing}, where" in str(caught.value)
-    with pytest.raises(FileProblem, match=r"values nan \(1 voxels\)"):
-        labels.read_label(path, None)
+    with pytest.raises(FileProblem, match=r"values -1 \(1 voxels\), nan \(1 voxels\)"):
+        labels.read_label(path, LabelCoding())
 
 
 def test_read_label_names_ten_unknown_values_at_most(tmp_path):
     path = save_nifti(tmp_path / "a.nii", np.arange(36, dtype=np.uint8).reshape(3, 3, 4))
     with pytest.raises(FileProblem, match=r"11 \(1 voxels\) and 24 more values,"):
-        labels.read_label(path, (0, 1))
+        labels.read_label(path, LabelCoding((0, 1)))
 
 
 def test_read_label_of_one_bit_and_of_equal_colours(tmp_path):
     mask = random_values(np.uint8, (3, 4)) > 100
     bits = save_picture(tmp_path / "bits.png", mask)
     colours = np.repeat(mask[..., None] * np.uint8(255), 3, axis=-1)
-    np.testing.assert_array_equal(labels.read_label(bits, (0, 1))[0][..., 0], mask)
+    np.testing.assert_array_equal(labels.read_label(bits, LabelCoding((0, 1)))[0][..., 0], mask)
     equal = save_picture(tmp_path / "equal.png", colours)
-    np.testing.assert_array_equal(labels.read_label(equal, (0, 255))[0][..., 0], mask)
+    np.testing.assert_array_equal(labels.read_label(equal, LabelCoding((0, 255)))[0][..., 0], mask)
     colours[0, 0] = (1, 2, 3)
     unequal = save_picture(tmp_path / "unequal.png", colours)
     with pytest.raises(FileProblem, match="this one has colours"):
-        labels.read_label(unequal, (0, 255))
+        labels.read_label(unequal, LabelCoding((0, 255)))
+
+
+def test_a_jpeg_mask_is_read_where_its_values_can_be_told_apart(tmp_path):
+    index = np.indices((64, 64)) - 30
+    mask = np.where(np.hypot(*index) < 20, np.uint8(255), np.uint8(0))
+    path = save_picture(tmp_path / "a.jpg", mask)
+    stored = labels.decode_label(path)
+    assert len(np.unique(stored.values)) > 2  # what compression has made of two values
+    assert [remark.kind for remark in stored.remarks] == [labels.JPEG_REMARK.kind]
+    for coding in (LabelCoding(), LabelCoding((0, 255))):
+        label, _ = labels.read_label(path, coding)
+        np.testing.assert_array_equal(label[..., 0], mask > 0)
+    colours = save_picture(tmp_path / "colours.jpg", np.repeat(mask[..., None], 3, -1))
+    np.testing.assert_array_equal(labels.read_label(colours, LabelCoding())[0][..., 0], mask > 0)
+    with pytest.raises(FileProblem, match=r"\[0, 1, 255\] lie too close to tell apart"):
+        labels.read_label(path, LabelCoding((0, 1, 255)))
+    noise = save_picture(tmp_path / "noise.jpg", random_values(np.uint8, (64, 64)))
+    with pytest.raises(FileProblem, match=r"only .* % of the pixels are near one of \[0, 255\]"):
+        labels.read_label(noise, LabelCoding())
+
+
+def test_rounding_noise_of_a_label_is_no_other_value(tmp_path):
+    values = np.array([0, 1.0000153, 1.9999999995, 2.0009, 0.9991, -4e-6], np.float64)
+    path = save_nifti(tmp_path / "a.nii", values.reshape(1, 2, 3))
+    label, _ = labels.read_label(path, LabelCoding((0, 1, 2)))
+    np.testing.assert_array_equal(label.ravel(), [0, 1, 2, 2, 1, 0])
+    path = save_nifti(tmp_path / "b.nii", (values + 0.0002).reshape(1, 2, 3))
+    with pytest.raises(FileProblem, match="unknown label values"):
+        labels.read_label(path, LabelCoding((0, 1, 2)))
+
+
+def test_a_palette_means_what_it_shows(tmp_path):
+    mask = np.array([[0, 255, 255], [0, 0, 255]], np.uint8)
+    white_first = Image.fromarray(1 - mask // 255).convert("P")
+    white_first.putpalette([255, 255, 255, 0, 0, 0])
+    white_first.save(tmp_path / "white.png")
+    label, _ = labels.read_label(tmp_path / "white.png", LabelCoding())
+    np.testing.assert_array_equal(label[..., 0], mask > 0)
+
+    voc = Image.fromarray(mask // 255).convert("P")  # colours: the indices are the classes
+    voc.putpalette([0, 0, 0, 128, 0, 0])
+    voc.save(tmp_path / "voc.png")
+    np.testing.assert_array_equal(
+        labels.read_label(tmp_path / "voc.png", LabelCoding((0, 1)))[0][..., 0], mask > 0
+    )
+    voc.putpalette([128, 0, 0, 0, 0, 0])
+    voc.save(tmp_path / "other.png")
+    with pytest.raises(FileProblem, match="palette shows index 1 in black, and index 0"):
+        labels.read_label(tmp_path / "other.png", LabelCoding((0, 1)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_as_their_tag_says(tmp_path, orientation):
+    pixels = random_values(np.uint8, (3, 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    shown = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.T,
+        6: np.rot90(pixels, -1),
+        7: pixels[::-1, ::-1].T,
+        8: np.rot90(pixels),
+    }[orientation]
+    image, _ = images.read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(image[:, :, 0, 0], shown)
+    assert images.describe_image(tmp_path / "a.png").shape == image.shape
 
 
 def test_read_label_refuses_what_cannot_be_a_label(tmp_path):
-    jpeg = save_picture(tmp_path / "a.jpg", np.zeros((8, 8), np.uint8))
-    with pytest.raises(FileProblem, match="JPEG changes label values"):
-        labels.read_label(jpeg, None)
     channels = save_nifti(tmp_path / "a.nii", np.zeros((3, 4, 5, 2), np.uint8))
     with pytest.raises(FileProblem, match="this one has 2"):
-        labels.read_label(channels, None)
+        labels.read_label(channels, LabelCoding())
 
 
 @pytest.mark.parametrize(
@@ -371,7 +447,7 @@ def test_write_label_then_read_label(tmp_path, suffix, label_values, dtype):
     assert np.isnan(written.dataobj.slope) or written.dataobj.slope == 1
     expected = np.asarray(label_values or (0, 1, 2))[label]
     np.testing.assert_array_equal(np.asarray(written.dataobj), expected)
-    restored, affine = labels.read_label(path, label_values or (0, 1, 2))
+    restored, affine = labels.read_label(path, LabelCoding(label_values or (0, 1, 2)))
     np.testing.assert_array_equal(restored, label)
     np.testing.assert_array_equal(affine, OBLIQUE)
 
@@ -382,7 +458,7 @@ def test_write_label_as_png(tmp_path, label_values, mode):
     labels.write_label(tmp_path / "a.png", label, np.eye(4), label_values)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.mode == mode
-    restored, _ = labels.read_label(tmp_path / "a.png", label_values)
+    restored, _ = labels.read_label(tmp_path / "a.png", LabelCoding(label_values))
     np.testing.assert_array_equal(restored, label)
 
 
@@ -438,7 +514,7 @@ def test_write_label_refuses_another_grid_than_the_source(tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape", "value", "label_values", "message"),
     [
-        ("a.jpg", (3, 4, 1), 0, (0, 1), r"\.nii, \.nii\.gz or \.png"),
+        ("a.jpg", (3, 4, 1), 0, (0, 1), r"as a volume or as .png"),
         ("a.png", (3, 4, 2), 0, (0, 1), r"\[3, 4, 2\]"),
         ("a.png", (3, 4, 1), 0, (0, 70000), "uint32"),
         ("a.nii", (3, 4, 1), 2, (0, 1), "there are 2 label values"),
@@ -488,7 +564,7 @@ def test_written_bytes_do_not_depend_on_the_order_in_memory(tmp_path, suffix):
         labels.write_label(tmp_path / f"{name}{suffix}", values, OBLIQUE, tuple(range(7)))
     contents = {(tmp_path / f"{name}{suffix}").read_bytes() for name in in_memory}
     assert len(contents) == 1
-    restored, _ = labels.read_label(tmp_path / f"c{suffix}", tuple(range(7)))
+    restored, _ = labels.read_label(tmp_path / f"c{suffix}", LabelCoding(tuple(range(7))))
     np.testing.assert_array_equal(restored, label)
 
 
@@ -524,7 +600,7 @@ def test_write_map_of_a_picture_has_a_page_per_class(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("a.png", (3, 4, 1), r"\.nii, \.nii\.gz, \.tif or \.tiff"),
+        ("a.png", (3, 4, 1), r"as a volume or as .tif"),
         ("a.tif", (3, 4, 2), r"\[3, 4, 2\]; write NIfTI"),
         ("a.nii", (3, 4, 6, 2), r"not on the grid of .*source\.nii"),
     ],
@@ -539,10 +615,12 @@ def test_write_map_refuses(tmp_path, name, shape, message):
 def test_real_label_survives_writing_like_its_image(tmp_path):
     root = shared_data("Task04_Hippocampus")
     image_path = root / "imagesTr" / "hippocampus_001.nii.gz"
-    label, affine = labels.read_label(root / "labelsTr" / "hippocampus_001.nii.gz", (0, 1, 2))
+    label, affine = labels.read_label(
+        root / "labelsTr" / "hippocampus_001.nii.gz", LabelCoding((0, 1, 2))
+    )
     assert sorted(np.unique(label)) == [0, 1, 2]
     labels.write_label(tmp_path / "a.nii.gz", label, affine, (0, 1, 2), like=image_path)
-    restored, restored_affine = labels.read_label(tmp_path / "a.nii.gz", (0, 1, 2))
+    restored, restored_affine = labels.read_label(tmp_path / "a.nii.gz", LabelCoding((0, 1, 2)))
     np.testing.assert_array_equal(restored, label)
     np.testing.assert_array_equal(restored_affine, images.read_image(image_path)[1])
 
@@ -556,14 +634,16 @@ def test_real_picture_with_an_alpha_channel_is_grey():
 def test_read_instances_takes_the_values_of_an_instance_map(tmp_path):
     values = np.array([[0, 7, 7], [300, 0, 7]], np.uint16)
     save_picture(tmp_path / "cells.png", values)
-    instances, _ = labels.read_instances(str(tmp_path / "cells.png"), None)
+    instances, _ = labels.read_instances(str(tmp_path / "cells.png"), LabelCoding(objects=True))
     np.testing.assert_array_equal(instances[..., 0], [[0, 1, 1], [2, 0, 1]])
 
 
 @pytest.mark.parametrize(("first", "expected"), [(0, [0, 1, 2, 3, 4, 2]), (1, [2, 1, 3, 4, 5, 3])])
 def test_read_instances_keeps_any_two_values_apart(tmp_path, first, expected):
     values = np.reshape([first, 0.4, 1.2, 1.7, 3e9, 1.2], (2, 3, 1))
-    instances, affine = labels.read_instances(save_nifti(tmp_path / "a.nii", values), None)
+    instances, affine = labels.read_instances(
+        save_nifti(tmp_path / "a.nii", values), LabelCoding(objects=True)
+    )
     np.testing.assert_array_equal(instances.ravel(), expected)
     np.testing.assert_array_equal(affine, OBLIQUE.astype(np.float64))
 
@@ -572,12 +652,12 @@ def test_read_instances_keeps_any_two_values_apart(tmp_path, first, expected):
 def test_read_instances_of_a_mask_are_what_hangs_together(tmp_path, label_values):
     values = np.array([[9, 0, 9], [9, 0, 0], [0, 9, 0]], np.uint8)
     save_picture(tmp_path / "mask.png", values)
-    instances, _ = labels.read_instances(str(tmp_path / "mask.png"), label_values)
+    instances, _ = labels.read_instances(str(tmp_path / "mask.png"), LabelCoding(label_values))
     np.testing.assert_array_equal(instances[..., 0], [[1, 0, 2], [1, 0, 0], [0, 3, 0]])
 
 
 def test_read_instances_of_two_classes_are_apart_where_they_touch(tmp_path):
     values = np.array([[1, 1, 2], [0, 0, 2], [1, 0, 0]], np.uint8)
     save_picture(tmp_path / "mask.png", values)
-    instances, _ = labels.read_instances(str(tmp_path / "mask.png"), (0, 1, 2))
+    instances, _ = labels.read_instances(str(tmp_path / "mask.png"), LabelCoding((0, 1, 2)))
     np.testing.assert_array_equal(instances[..., 0], [[1, 1, 3], [0, 0, 3], [2, 0, 0]])

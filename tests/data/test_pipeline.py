@@ -9,11 +9,13 @@ import pytest
 from scipy import ndimage
 
 from jaxseg.config import base_config
-from jaxseg.data import blocked_arrays, cases
+from jaxseg.data import blocked_arrays
 from jaxseg.data.augment import region_size
 from jaxseg.data.builder import PreparedCase
+from jaxseg.data.layouts import decathlon
 from jaxseg.data.pipeline import sample_region, train_batches
 from jaxseg.data.prepared import prepare
+from jaxseg.data.surveyed import survey_once
 from jaxseg.inference import sliding_window
 
 OFF = base_config().augment.to_dict()
@@ -398,10 +400,13 @@ def stores(request, tmp_path, make_msd_folder, monkeypatch):
     """The same cases as blocks on disk and as arrays in memory."""
     monkeypatch.setattr(blocked_arrays, "BLOCK_VOXELS", 5 * 5 * 3)
     monkeypatch.setattr(blocked_arrays, "BLOCK_DEPTH", 3)  # of cases [20, 18, 8]: 4 x 4 x 3 blocks
-    dataset = cases.find_msd_cases(make_msd_folder(num_cases=3))
-    on_disk, _, _ = prepare(
+    dataset = decathlon.find(make_msd_folder(num_cases=3))
+    survey, fingerprint, _ = survey_once(dataset, cache_dir=str(tmp_path))
+    on_disk, _ = prepare(
         dataset,
         ["case_00"],
+        survey=survey,
+        fingerprint=fingerprint,
         cache_dir=str(tmp_path),
         border_weight={"w0": 10.0, "sigma": 5.0} if request.param else None,
         spacing_mm=(),

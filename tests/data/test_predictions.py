@@ -67,8 +67,8 @@ def test_find_images_of_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("names", "output", "message"),
     [
-        ((), "out", r"in holds no NIfTI .*--recursive"),
-        (("sub/a.nii", "b.dcm"), "out", r"in holds no NIfTI .*--recursive"),
+        ((), "out", r"in holds no NIfTI, MGH.*--recursive"),
+        (("sub/a.nii", "b.dcm"), "out", r"in holds no NIfTI, MGH.*--recursive"),
         (("a.nii", "a.nii.gz"), "out", r"a\.nii and .*a\.nii\.gz have one case name"),
         (("a.png", "a.nii"), "out", r"a\.nii and .*a\.png have one case name"),
         (("a.nii", "a_probs.nii"), "out", r"a_probs\.nii\.gz, an output of .* an output of .*a\."),
@@ -100,7 +100,7 @@ def test_records_say_done_only_where_files_and_image_are_as_they_were(tmp_path):
     cases = find(tmp_path / "in", outputs=("label", "probs"))
     records = predictions.Records(folder, cases, **PREDICTOR)
     assert not records.is_done(cases[0])
-    records.add(cases[0], predictions.state_of(str(image)) | {"confidence": float("nan")})
+    records.add(cases[0], predictions.state_of(cases[0]) | {"confidence": float("nan")})
     assert not records.is_done(cases[0])  # no files
     make_files(folder, "a.nii.gz", "a_probs.nii.gz")
     assert records.is_done(cases[0])
@@ -114,9 +114,9 @@ def test_records_say_done_only_where_files_and_image_are_as_they_were(tmp_path):
     assert again.is_done(find(tmp_path / "in")[0])
     os.utime(image, ns=(1, 1))
     assert not again.is_done(find(tmp_path / "in")[0])
-    again.add(cases[0], predictions.state_of(str(image)) | {"error": "disk full"})
+    again.add(cases[0], predictions.state_of(cases[0]) | {"error": "disk full"})
     assert not again.is_done(find(tmp_path / "in")[0])
-    again.add(cases[0], predictions.state_of(str(image)))
+    again.add(cases[0], predictions.state_of(cases[0]))
     assert again.is_done(find(tmp_path / "in")[0])
     case = find(tmp_path / "in")[0]
     image.unlink()

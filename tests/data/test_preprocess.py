@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from jaxseg import geometry
-from jaxseg.data.cases import Case, DatasetProblems
+from jaxseg.data.cases import Case, Dataset, DatasetProblems
+from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.preprocess import (
     Plan,
     border_weights,
@@ -151,19 +152,20 @@ def save_case(folder, case_id, image, label, affine):
         path = folder / f"{case_id}_{kind}.nii.gz"
         nibabel.save(nibabel.Nifti1Image(values, affine), path)
         paths.append(str(path))
-    return Case(case_id, *paths)
+    image_path, label_path = paths
+    return Case(case_id, (image_path,), label_path)
 
 
-def plan_of(cases, **changes):
+def plan_of(cases, modalities=("CT",), label_values=(0, 1), **changes):
+    dataset = Dataset("", tuple(cases), ("b", "c"), LabelCoding(label_values), modalities)
     options = {
-        "label_values": (0, 1),
-        "modalities": ("CT",),
+        "axes": (0, 1, 2),
         "spacing_mm": (),
         "normalisation": "auto",
         "image_order": 1,
         "label_order": 1,
     }
-    return make_plan(cases, **options | changes)
+    return make_plan(dataset, cases, **options | changes)
 
 
 def test_ct_statistics_by_hand(tmp_path):
@@ -244,7 +246,7 @@ def test_normalisation_follows_the_modality_of_each_channel(tmp_path):
 def test_pictures_are_z_scored_channel_by_channel(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (6, 5, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    case = Case("a", str(tmp_path / "a.png"), str(tmp_path / "never_opened.png"))
+    case = Case("a", (str(tmp_path / "a.png"),), str(tmp_path / "never_opened.png"))
     plan = plan_of([case], modalities=(), label_values=None)
     assert plan.normalisation == ("zscore",) * 3
     assert plan.spacing_mm == (1.0, 1.0, 1.0)

@@ -12,14 +12,20 @@ import nibabel
 import numpy as np
 import pytest
 
-from jaxseg.data import builder, cases, parts, prepared
+from jaxseg.data import builder, parts, prepared
+from jaxseg.data.layouts import decathlon
+from jaxseg.data.surveyed import survey_once
 
 OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
 
 
 def prepare(dataset, cache_dir, **options):
     case_ids = [case.case_id for case in dataset.cases]
-    return prepared.prepare(dataset, case_ids, cache_dir=str(cache_dir), **options, **OPTIONS)
+    cache_dir = str(cache_dir)
+    shown = {name: options[name] for name in ("progress",) if name in options}
+    survey, fingerprint, _ = survey_once(dataset, cache_dir=cache_dir, **shown)
+    known = {"survey": survey, "fingerprint": fingerprint, "cache_dir": cache_dir}
+    return prepared.prepare(dataset, case_ids, **known, **options, **OPTIONS)
 
 
 def contents(cache_dir):
@@ -43,7 +49,7 @@ def contents(cache_dir):
 def test_a_pool_makes_what_one_process_makes_also_after_a_worker_was_killed(
     tmp_path, make_msd_folder, monkeypatch
 ):
-    dataset = cases.find_msd_cases(make_msd_folder(num_cases=3))
+    dataset = decathlon.find(make_msd_folder(num_cases=3))
     monkeypatch.setattr(parts, "CASES_PER_PART", 1)
     prepare(dataset, tmp_path / "one")
     monkeypatch.setattr(parts, "POOL_BYTES", 0)
@@ -84,8 +90,10 @@ UNDER_A_LIMIT = """
 import json, re, resource, sys, time
 import numpy as np
 from jaxseg.config import base_config
-from jaxseg.data import builder, cases, parts, prepared
+from jaxseg.data import builder, parts, prepared
+from jaxseg.data.layouts import decathlon
 from jaxseg.data.pipeline import train_batches
+from jaxseg.data.surveyed import survey_once
 
 folder, root, limit_mib, cache_mib, num_steps, rank = sys.argv[1:3] + [int(a) for a in sys.argv[3:]]
 builder.CACHE_BYTES = cache_mib << 20
@@ -107,12 +115,13 @@ for _ in batches({"small": small}, ["small"], 2):  # the threads and buffers of 
     pass
 start, start_rss = memory("VmData"), memory("VmRSS")
 resource.setrlimit(resource.RLIMIT_DATA, (start + (limit_mib << 20),) * 2)
-dataset = cases.find_msd_cases(root)
+dataset = decathlon.find(root)
 case_ids = [case.case_id for case in dataset.cases]
 began = time.perf_counter()
-store, _, _ = prepared.prepare(
-    dataset, case_ids, cache_dir=folder, spacing_mm=(), normalisation="auto", image_order=1,
-    label_order=1,
+survey, fingerprint, _ = survey_once(dataset, cache_dir=folder)
+store, _ = prepared.prepare(
+    dataset, case_ids, survey=survey, fingerprint=fingerprint, cache_dir=folder, spacing_mm=(),
+    normalisation="auto", image_order=1, label_order=1,
 )
 ready = time.perf_counter()
 means = [float(batch["image"].mean()) for batch in batches(store, case_ids, num_steps)]
@@ -186,7 +195,7 @@ def large_prepared(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder.CaseBuilder, "_preprocess", blown_up)
-        prepare(cases.find_msd_cases(root), folder / "cache")
+        prepare(decathlon.find(root), folder / "cache")
     return folder / "cache", root, 32 * 5 * np.prod(shape)
 
 

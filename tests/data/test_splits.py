@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxseg.data import cases, splits
+from jaxseg.data import splits
+from jaxseg.data.layouts import decathlon
 from jaxseg.data.splits import SplitProblem, split_by_subject, split_from_file, subject_from_regex
 
 # Twelve subjects, the left and right side of each.
@@ -188,7 +189,7 @@ def test_an_absent_file_is_an_error(tmp_path):
 
 def test_real_split_keeps_persons_together(shared_data):
     folder = shared_data("Task04_Hippocampus")
-    case_ids = [case.case_id for case in cases.find_msd_cases(folder).cases]
+    case_ids = [case.case_id for case in decathlon.find(folder).cases]
 
     def person(case_id):
         return (int(case_id.removeprefix("hippocampus_")) + 1) // 2

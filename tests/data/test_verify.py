@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.data import cases
-from jaxseg.data.verify import verify
+from jaxseg.data import cases, images, memory
+from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.layouts import decathlon, patterns
+from jaxseg.data.layouts.wanted import Wanted
+from jaxseg.data.verify import describe, from_json, to_json, twins_of, verify
 
 SHAPE = (4, 5, 6)
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
@@ -48,12 +51,17 @@ class Builder:
             path.parent.mkdir(exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(values, affine), path)
             paths.append(path)
-        self.cases.append(cases.Case(name, *map(str, paths)))
+        image_path, label_path = map(str, paths)
+        self.cases.append(cases.Case(name, (image_path,), label_path))
         return paths
 
     def dataset(self, modalities=("MRI",)):
         return cases.Dataset(
-            str(self.root), tuple(self.cases), ("background", "organ"), (0, 1), modalities
+            str(self.root),
+            tuple(self.cases),
+            ("background", "organ"),
+            LabelCoding((0, 1)),
+            modalities,
         )
 
 
@@ -63,8 +71,8 @@ def picture_dataset(root, *pictures):
         image, label = root / f"{number}.png", root / f"{number}_mask.png"
         Image.fromarray(pixels).save(image)
         Image.fromarray(np.eye(*pixels.shape[:2], dtype=np.uint8)).save(label)
-        found.append(cases.Case(str(number), str(image), str(label)))
-    return cases.Dataset(str(root), tuple(found), ("background", "cell"), (0, 1), ())
+        found.append(cases.Case(str(number), (str(image),), str(label)))
+    return cases.Dataset(str(root), tuple(found), ("background", "cell"), LabelCoding((0, 1)))
 
 
 def problems_of(dataset):
@@ -89,7 +97,16 @@ def test_a_dataset_without_fault_passes(tmp_path):
     near = AFFINE.copy()
     near[0, 3] += 9e-4
     builder.add("d", label_affine=near)
-    assert verify(builder.dataset()) is None
+    builder.add("e", image=np.full(SHAPE, -1024, np.int16), label=np.zeros(SHAPE, np.uint8))
+    builder.add("f", label=make_label()[..., None, None])
+    survey = verify(builder.dataset())
+    assert list(survey) == list("abcdef")
+    assert survey["a"].shape == SHAPE and survey["a"].spacing_mm == (1.0, 2.0, 3.0)
+    assert survey["a"].voxels == (112, 8) and survey["b"].voxels == (120, 0)
+    assert survey["e"].content == "" and not any(facts.remarks for facts in survey.values())
+    assert from_json(to_json(survey)) == survey
+    [line] = describe(survey, ("background", "organ"))
+    assert line.startswith("1 image(s) have one value everywhere and nothing labelled: e")
 
 
 def test_every_problem_of_every_case_is_reported_at_once(tmp_path):
@@ -124,24 +141,23 @@ def test_every_problem_of_every_case_is_reported_at_once(tmp_path):
     )
     expected += [
         (label, "unknown label values 9 (140 voxels), where the classes have only [0, 1]"),
-        (label, f"shape [4, 5, 7], but the image {image} has [4, 5, 6]"),
-        (label, f"affine differs from that of {image} by up to 1.5"),
+        (label, f"shape [4, 5, 7], but {image} has [4, 5, 6]"),
     ]
 
     image, label = builder.add("slip")
-    set_affine_row(label, [1, 0, 0, 0.002])
-    expected += [(label, "by up to 0.002 ")]
+    set_affine_row(label, [1, 0, 0, 0.6])
+    expected += [(label, f"affine differs from that of {image} by up to 0.6 voxels")]
 
     image, label = builder.add("channels", image=make_image(6, (*SHAPE, 2)))
     expected += [(image, "2 channels, but the dataset declares 1 (MRI)")]
 
     image, label = builder.add("constant", image=np.full(SHAPE, -1024, np.int16))
-    expected += [(image, "every value is -1024")]
+    expected += [(image, "every value is -1024, though something is labelled")]
 
     image, label = builder.add("nothing", image=np.zeros((4, 0, 6), np.uint8))
     expected += [
         (image, "no voxels, its shape is [4, 0, 6, 1]"),
-        (label, f"shape [4, 5, 6], but the image {image} has [4, 0, 6]"),
+        (label, f"shape [4, 5, 6], but {image} has [4, 0, 6]"),
     ]
 
     image, label = builder.add("singular")
@@ -149,15 +165,66 @@ def test_every_problem_of_every_case_is_reported_at_once(tmp_path):
     set_affine_row(label, [np.nan, 0, 0, 0])
     expected += [(image, "the affine is singular"), (label, "the affine is not finite")]
 
-    image, label = builder.add("copy", image=make_image(0))
-    expected += [(image, "same image as case good")]
-
-    image, label = builder.add("five", label=make_label()[..., None, None])
-    expected += [(label, "5 axes, shape [4, 5, 6, 1, 1]")]
+    image, label = builder.add("five", label=np.stack([make_label()] * 2, -1)[..., None])
+    expected += [(label, "a label has one value per voxel, this one has 2")]
 
     problems = problems_of(builder.dataset())
     assert_each_once(problems, expected)
     assert all("; " in problem for problem in problems)
+
+
+def test_what_is_only_nearly_on_the_grid_of_its_image_is_told_of(tmp_path):
+    builder = Builder(tmp_path)
+    near = AFFINE.copy()
+    near[0, 3] += 0.1
+    builder.add("near", label_affine=near)
+    survey = verify(builder.dataset())
+    [line] = describe(survey, ("background", "organ"))
+    assert line.startswith("1 file: the affine differs from that of its image by less than half")
+    assert "labelsTr/near.nii.gz" in line and "by up to 0.1 voxels" in line
+
+
+def test_an_image_that_is_there_twice_is_told_of_or_refused(tmp_path):
+    builder = Builder(tmp_path)
+    builder.add("a", image=make_image(0))
+    builder.add("b", image=make_image(1))
+    builder.add("c", image=make_image(0))
+    survey = verify(builder.dataset())
+    assert twins_of(survey) == [["a", "c"]]
+    [line] = describe(survey, ("background", "organ"))
+    assert "1 image(s) are there more than once" in line and "a and c" in line
+    with pytest.raises(cases.DatasetProblems, match="a and c have the same image; remove one"):
+        verify(builder.dataset(), strict=True)
+
+
+def test_a_dataset_where_nothing_is_labelled_is_refused(tmp_path):
+    builder = Builder(tmp_path)
+    builder.add("a", label=np.zeros(SHAPE, np.uint8))
+    builder.add("b", label=np.zeros(SHAPE, np.uint8))
+    assert_each_once(
+        problems_of(builder.dataset()), [(tmp_path, "no labelled foreground voxel in any case")]
+    )
+
+
+def test_a_scan_larger_than_memory_is_named_before_it_is_read(tmp_path, monkeypatch):
+    builder = Builder(tmp_path)
+    builder.add("small")
+    large, _ = builder.add("large", image=make_image(3, (40, 50, 60)), label=make_label())
+    monkeypatch.setattr(memory, "available_bytes", lambda: 100_000.0)
+    problems = problems_of(builder.dataset())
+    assert_each_once(problems, [(large, "takes some 0.00134 GiB of memory, of which 9.31e-05")])
+
+
+def test_a_scan_that_memory_is_too_small_for_after_all_is_named(tmp_path, monkeypatch):
+    builder = Builder(tmp_path)
+    image, _ = builder.add("a")
+
+    def failing(paths, spacing_from):
+        raise MemoryError("no 5 GiB")
+
+    monkeypatch.setattr(images, "decode_image", failing)
+    problems = problems_of(builder.dataset())
+    assert [p for p in problems if str(image) in p and "more memory than there is (no 5" in p]
 
 
 def test_three_axes_where_channels_are_declared(tmp_path):
@@ -199,31 +266,30 @@ def test_progress_wraps_the_cases(tmp_path):
 
 
 def test_real_volumes_pass(shared_data):
-    verify(cases.find_msd_cases(shared_data("Task04_Hippocampus")))
+    verify(decathlon.find(shared_data("Task04_Hippocampus")))
 
 
 def test_real_pictures_pass(shared_data):
     background_and = ("background", "object")
-    verify(
-        cases.find_image_cases(
-            shared_data("DSB2018"), "images/*.png", "masks/{case}.png", background_and, None
-        )
+    wanted = Wanted(class_names=background_and, coding=LabelCoding(objects=True))
+    verify(patterns.find(shared_data("DSB2018"), wanted))
+    wanted = Wanted(
+        image_glob="*.jpg",
+        label_pattern="{case}_1stHO.png",
+        class_names=background_and,
+        coding=LabelCoding((0, 1)),
     )
-    verify(
-        cases.find_image_cases(
-            shared_data("CHASE_DB1"), "*.jpg", "{case}_1stHO.png", background_and, (0, 1)
-        )
-    )
+    verify(patterns.find(shared_data("CHASE_DB1"), wanted))
 
 
 def test_real_faulty_label_is_reported(shared_data):
-    dataset = cases.find_image_cases(
-        shared_data("axondeepseg_sem"),
-        "**/*_SEM.png",
-        "derivatives/labels/{dir}/{case}_seg-axonmyelin-manual.png",
-        ("background", "myelin", "axon"),
-        (0, 127, 255),
+    wanted = Wanted(
+        image_glob="**/*_SEM.png",
+        label_pattern="derivatives/labels/{dir}/{case}_seg-axonmyelin-manual.png",
+        class_names=("background", "myelin", "axon"),
+        coding=LabelCoding((0, 127, 255)),
     )
+    dataset = patterns.find(shared_data("axondeepseg_sem"), wanted)
     [problem] = problems_of(dataset)
     assert "sub-rat2_sample-data5_SEM_seg-axonmyelin-manual.png" in problem
     assert "128 (488611 voxels), 130 (5 voxels), 233 (4 voxels)" in problem

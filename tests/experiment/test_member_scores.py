@@ -12,9 +12,10 @@ import pytest
 from scipy import stats
 
 from jaxseg.config import base_config, from_json, to_json
-from jaxseg.data.cases import find_msd_cases
 from jaxseg.data.images import read_image
+from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.labels import read_label
+from jaxseg.data.layouts import decathlon
 from jaxseg.data.preprocess import Plan
 from jaxseg.experiment import assess, member_scores, members, portable, predictor, train
 from jaxseg.experiment.predictor import PredictorProblem, load_predictor
@@ -52,7 +53,7 @@ class FakeData:
     """Eight cases of which the last two are for the test; folds validate every second case."""
 
     def __init__(self, root, num_folds, has_test):
-        self.dataset = find_msd_cases(root)
+        self.dataset = decathlon.find(root)
         ids = [case.case_id for case in self.dataset.cases]
         test = ids[6:] if has_test else []
         rest = [case_id for case_id in ids if case_id not in test]
@@ -107,7 +108,7 @@ def read(folder, name):
 
 def dice(case, label):
     """[outer, inner] of a prediction."""
-    reference, _ = read_label(case.label_path, VALUES)
+    reference, _ = read_label(case.label_path, LabelCoding(VALUES))
     return [
         2 * np.sum((label == c) & (reference == c)) / (np.sum(label == c) + np.sum(reference == c))
         for c in (1, 2)
@@ -119,7 +120,7 @@ def assert_scores(folder, set_name, label_by_case):
     scores = read(folder, f"{set_name}.json")["cases"]
     assert sorted(scores) == sorted(case.case_id for case in label_by_case)
     for case, label in label_by_case.items():
-        written, _ = read_label(folder / set_name / f"{case.case_id}.nii.gz", VALUES)
+        written, _ = read_label(folder / set_name / f"{case.case_id}.nii.gz", LabelCoding(VALUES))
         np.testing.assert_array_equal(written, label)
         np.testing.assert_allclose(scores[case.case_id]["dice"][1:], dice(case, label))
 
@@ -197,7 +198,7 @@ def test_each_fold_is_predicted_by_the_member_that_was_not_trained_on_it(
     out_of_fold = {c: label_of(c, shifts[k]) for c, k in fold_of.items()}
     for case, label in out_of_fold.items():
         np.testing.assert_array_equal(
-            read_label(folder / "val" / f"{case.case_id}.nii.gz", VALUES)[0], label
+            read_label(folder / "val" / f"{case.case_id}.nii.gz", LabelCoding(VALUES))[0], label
         )
     if has_test:
         assert_scores(folder, "test", {c: label_of(c, 0.375) for c in run.data.cases_of("test")})
@@ -431,7 +432,7 @@ def test_from_training_to_prediction(tmp_path, make_msd_folder, kind, changes):
     for case_id in read(folder, "test.json")["cases"]:
         image, affine = read_image(root / "imagesTr" / f"{case_id}.nii.gz")
         label = predictor.segment(restored, image, affine)["label"]
-        written, _ = read_label(folder / "test" / f"{case_id}.nii.gz", VALUES)
+        written, _ = read_label(folder / "test" / f"{case_id}.nii.gz", LabelCoding(VALUES))
         np.testing.assert_array_equal(label, written)
         if kind == "rates":
             continue

@@ -7,6 +7,7 @@ import pytest
 
 from jaxseg import geometry
 from jaxseg.data.images import read_image
+from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.labels import read_label
 from jaxseg.experiment import predictor
 from jaxseg.experiment.predictor import PredictorProblem, load_predictor
@@ -21,7 +22,9 @@ def test_predicts_what_training_evaluated(finished_run):
         image, affine = read_image(data / "imagesTr" / f"{case_id}.nii.gz")
         assert predictor.check_image(restored, image, affine) == []
         label = predictor.segment(restored, image, affine)["label"]
-        written, _ = read_label(run / "test" / f"{case_id}.nii.gz", restored.label_values)
+        written, _ = read_label(
+            run / "test" / f"{case_id}.nii.gz", LabelCoding(restored.label_values)
+        )
         np.testing.assert_array_equal(label, written)
         assert len(np.unique(label)) == 3
 

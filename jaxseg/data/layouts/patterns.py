@@ -50,31 +50,11 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
     left_out = [path for path in matched if path not in used and not registry.is_image(path)]
     left_out = [path for path in left_out if path.suffix != ".json"]
     problems = class_problems(root, wanted.class_names, wanted.coding)
-    problems += [
-        f"pattern {pattern!r} has no {{case}}; add it, or all images share one file"
-        for pattern in (wanted.label_pattern, *wanted.other_channels)
-        if "{case}" not in pattern
-    ]
-    if not images:
-        problems.append(
-            f"{root}: no image matches {wanted.image_glob!r}; correct the folder or the glob"
-        )
+    problems += _pattern_problems(root, images, wanted)
     cases = []
     for path in images:
         label, *channels = named[path]
-        if label == path:
-            problems.append(
-                f"{path}: is its own label by {wanted.label_pattern!r}; correct the pattern"
-            )
-        elif not label.is_file():
-            problems.append(
-                f"{path}: its label {label} is missing; add it, or narrow {wanted.image_glob!r}"
-            )
-        problems += [
-            f"{path}: its channel {channel} is missing; add it, or correct other_channels"
-            for channel in channels
-            if not channel.is_file()
-        ]
+        problems += _file_problems(path, label, channels, wanted)
         case_id = _case_id(path, wanted.image_glob)
         cases.append(Case(case_id, tuple(map(str, (path, *channels))), str(label)))
     problems += duplicate_id_problems(cases)
@@ -91,6 +71,36 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
         ),
         problems + (notes if wanted.strict else []),
     )
+
+
+def _pattern_problems(root, images, wanted):
+    problems = [
+        f"pattern {pattern!r} has no {{case}}; add it, or all images share one file"
+        for pattern in (wanted.label_pattern, *wanted.other_channels)
+        if "{case}" not in pattern
+    ]
+    if not images:
+        problems.append(
+            f"{root}: no image matches {wanted.image_glob!r}; correct the folder or the glob"
+        )
+    return problems
+
+
+def _file_problems(path, label, channels, wanted):
+    problems = [
+        f"{path}: its channel {channel} is missing; add it, or correct other_channels"
+        for channel in channels
+        if not channel.is_file()
+    ]
+    if label == path:
+        problems.append(
+            f"{path}: is its own label by {wanted.label_pattern!r}; correct the pattern"
+        )
+    elif not label.is_file():
+        problems.append(
+            f"{path}: its label {label} is missing; add it, or narrow {wanted.image_glob!r}"
+        )
+    return problems
 
 
 def _case_id(path, image_glob):
