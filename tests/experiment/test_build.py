@@ -6,6 +6,8 @@ import pytest
 
 from jaxseg.config import base_config, from_json, to_json
 from jaxseg.config_checks import validate
+from jaxseg.data import cases
+from jaxseg.data.label_values import LabelCoding
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.members import Member, kind_of_members, members_of
 
@@ -54,11 +56,9 @@ def test_members_begin_as_runs_with_their_seeds():
     assert (kernels[0] != kernels[1]).any()
 
 
-class SomeCases:
-    root = ""
-
-    def __init__(self, num_cases):
-        self.cases = [type("Case", (), {"case_id": f"case_{i}"}) for i in range(num_cases)]
+def some_cases(num_cases):
+    found = tuple(cases.Case(f"case_{i}", (f"{i}.nii",), f"{i}_seg.nii") for i in range(num_cases))
+    return cases.Dataset("", found, ("b", "c"), LabelCoding((0, 1)))
 
 
 def test_the_seed_of_a_run_does_not_decide_who_is_tested():
@@ -66,7 +66,7 @@ def test_the_seed_of_a_run_does_not_decide_who_is_tested():
     splits = []
     for seed, split_seed in ((0, 0), (1, 0), (0, 1)):
         config.seed, config.split.seed = seed, split_seed
-        splits.append(gather.make_split(config, SomeCases(20), 0))
+        splits.append(gather.make_split(config, some_cases(20), 0))
     assert splits[0] == splits[1] != splits[2]
 
 
@@ -76,8 +76,8 @@ def test_folds_of_an_ensemble_are_those_of_single_runs():
     alone.split.num_folds = 4
     validated = []
     for fold in range(4):
-        split = gather.make_split(config, SomeCases(20), fold)
+        split = gather.make_split(config, some_cases(20), fold)
         alone.split.fold = fold
-        assert split == gather.make_split(alone, SomeCases(20), fold)
+        assert split == gather.make_split(alone, some_cases(20), fold)
         validated += split["val"]
     assert len(validated) == len(set(validated)) == 20 - len(split["test"])

@@ -406,7 +406,7 @@ def test_every_problem_is_named_before_anything_is_computed(folders, monkeypatch
     label = voxels(references / "a.nii.gz")
     write_nifti(predictions / "a.nii", label[:-1], AFFINE)
     shifted = AFFINE.copy()
-    shifted[0, 3] += 0.25
+    shifted[0, 3] += 2.5
     write_nifti(predictions / "b.nii", label, shifted)
     write_nifti(predictions / "c.nii", label + 3 * (label == 2), AFFINE)
     write_nifti(predictions / "d.nii", label, AFFINE)
@@ -424,9 +424,9 @@ def test_every_problem_is_named_before_anything_is_computed(folders, monkeypatch
     found = {fragment: [p for p in problems if fragment in p] for fragment in (
         "no prediction of e;",
         f"{references}: no reference of d;",
-        f"a.nii: its shape is [11, 10, 8], that of {references / 'a.nii.gz'} [12, 10, 8]",
+        f"a.nii: shape [11, 10, 8], but {references / 'a.nii.gz'} has [12, 10, 8]",
         "b.nii: its affine differs",
-        "up to 0.25 mm",
+        "voxels (",
         "c.nii: label values [5] are not among [0, 1, 2]",
         "f.nii.gz: damaged gzip file",
         "g.nii: holds",
@@ -440,7 +440,7 @@ def test_references_without_a_prediction_are_left_out_where_that_is_asked_for(fo
     label = voxels(references / "a.nii.gz")
     write_nifti(references / "e.nii", label, AFFINE)
     assert "no prediction of e;" in problems_of(folders)[0]
-    pairs_of, _, _ = pairs.check_folders([predictions], references, subset=True)
+    pairs_of, *_ = pairs.check_folders([predictions], references, subset=True)
     assert [pair.case_id for pair in pairs_of[0]] == ["a", "b", "c"]
 
     fewer = folders / "fewer"

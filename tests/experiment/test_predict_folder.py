@@ -27,7 +27,14 @@ def fake(monkeypatch):
     It calls `fake.act` with each image first, and keeps the shapes of those it has segmented.
     """
     fake = types.SimpleNamespace(
-        class_names=NAMES, label_values=VALUES, num_channels=1, identity="one", config=None
+        class_names=NAMES,
+        label_values=VALUES,
+        num_channels=1,
+        identity="one",
+        config=None,
+        steps=[],
+        plan=types.SimpleNamespace(spacing_from="pixdim"),
+        recipe=types.SimpleNamespace(spacing_mm=(1.0, 1.0, 1.0)),
     )
     fake.seen, fake.loaded, fake.act = [], [], lambda image: None
 
@@ -214,7 +221,7 @@ def test_goes_on_after_bad_files_and_names_them(fake, tmp_path, capsys):
     assert status == 1
     shown = capsys.readouterr()
     assert shown.out == f"2 predicted, 3 failed: see {folder}\n"
-    assert "case1: failed: " in shown.err and "damaged gzip file" in shown.err
+    assert "case1: failed: " in shown.err and "not a NIfTI file" in shown.err
     assert "channels: failed: the image has 2 channels" in shown.err
     assert "case2: failed: ZeroDivisionError: oops" in shown.err
     assert "bright: unlike the training set: it is very bright" in shown.err

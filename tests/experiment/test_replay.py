@@ -56,7 +56,7 @@ def replay_as(monkeypatch):
                 yield run_log.trace_row(step, metrics)
 
         data = types.SimpleNamespace(fingerprint=fingerprint)
-        monkeypatch.setattr(gather, "load_data", lambda config, log: data)
+        monkeypatch.setattr(gather, "load_data", lambda config, log, plan: data)
         monkeypatch.setattr(replay, "replay", stand_in)
         return calls
 
