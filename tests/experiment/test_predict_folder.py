@@ -233,7 +233,7 @@ def test_goes_on_after_bad_files_and_names_them(fake, tmp_path, capsys):
     records = load_records(folder)["cases"]
     assert records["bright"]["warnings"] == ["it is very bright"]
     assert records["case2"]["error"] == "ZeroDivisionError: oops"
-    assert "damaged gzip file" in records["case1"]["error"]
+    assert "not a NIfTI file" in records["case1"]["error"]
 
 
 def test_the_same_command_again_does_what_is_missing(fake, tmp_path):

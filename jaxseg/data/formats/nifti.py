@@ -45,8 +45,8 @@ def read_header(path: str | Path, spacing_from: str) -> Header:
     Raises:
       FileProblem: The file is missing, damaged, of another kind, or holds no real numbers.
     """
-    with _opened_image(path) as (_, image):
-        return _header_of(path, image, spacing_from)
+    with _opened_image(path) as (_, image, pixdim):
+        return _header_of(path, image, pixdim, spacing_from)
 
 
 def read(path: str | Path, dtype: DTypeLike | None, spacing_from: str) -> Volume:
@@ -55,15 +55,15 @@ def read(path: str | Path, dtype: DTypeLike | None, spacing_from: str) -> Volume
     Raises:
       FileProblem: As `read_header`, also if values are missing.
     """
-    with _opened_image(path) as (stream, image):
-        header = _header_of(path, image, spacing_from)
+    with _opened_image(path) as (stream, image, pixdim):
+        header = _header_of(path, image, pixdim, spacing_from)
         values = _read_voxels(path, stream, image, dtype)
         return Volume(values.reshape(header.shape, order="F"), header.affine, header.remarks)
 
 
 @contextlib.contextmanager
 def _opened_image(path):
-    """Yields the bytes of a file and the nibabel image that stands at their beginning."""
+    """Yields the bytes of a file, nibabel's image of them, and pixdim before nibabel mends it."""
     with opened(path) as stream:
         mark = stream.read(348)
         if not mark:
@@ -76,14 +76,16 @@ def _opened_image(path):
             raise file_problem(path, "not a NIfTI file, its header has no NIfTI mark", COPY_AGAIN)
         stream.seek(0)
         try:
-            yield stream, image_class.from_stream(stream)
+            raw = image_class.header_class.from_fileobj(stream, check=False)
+            stream.seek(0)
+            yield stream, image_class.from_stream(stream), np.abs(raw["pixdim"][1:4])
         except _NIFTI_ERRORS as error:
             if isinstance(error, FileProblem):
                 raise
             raise file_problem(path, f"not a readable NIfTI file ({error})", COPY_AGAIN) from error
 
 
-def _header_of(path, image, spacing_from):
+def _header_of(path, image, pixdim, spacing_from):
     dtype, shape = image.get_data_dtype(), _plain_shape(image.shape)
     if dtype.fields or dtype.kind not in "iufb":
         raise file_problem(
@@ -97,7 +99,7 @@ def _header_of(path, image, spacing_from):
             f"{len(shape)} axes, shape {list(shape)}, where 3 or 4 are expected",
             "save it as [X, Y, Z] or [X, Y, Z, C]",
         )
-    affine, remarks = _placement(image, spacing_from)
+    affine, remarks = _placement(image, pixdim, spacing_from)
     return Header(shape, dtype, affine, remarks)
 
 
@@ -114,7 +116,7 @@ def _plain_shape(shape):
     return (*shape, 1) if len(shape) == 2 else shape
 
 
-def _placement(image, spacing_from):
+def _placement(image, pixdim, spacing_from):
     header = image.header
     sform, sform_code = header.get_sform(coded=True)
     qform_code = int(header["qform_code"])
@@ -122,7 +124,7 @@ def _placement(image, spacing_from):
         sform=sform,  # None where the code is 0
         qform=header.get_qform() if qform_code > 0 else None,
         same_code=sform_code == qform_code,
-        pixdim=header["pixdim"][1:4],
+        pixdim=pixdim,
         unit=int(header["xyzt_units"]) & 7,
         default=header.get_base_affine(),
         shape=(*image.shape, 1, 1)[:3],
@@ -193,9 +195,8 @@ def _nifti_image(path, values, affine, like):
         image = nibabel.Nifti1Image(values, affine, dtype=values.dtype)
         image.header.set_xyzt_units("mm")
         return image
-    with _opened_image(like) as (_, source):
-        pass  # its header is read
-    places = [_placement(source, spacing_from)[0] for spacing_from in SPACING_FROM]
+    with _opened_image(like) as (_, source, pixdim):
+        places = [_placement(source, pixdim, spacing_from)[0] for spacing_from in SPACING_FROM]
     if _plain_shape(source.shape)[:3] != values.shape[:3] or all(
         geometry.grid_difference(place, affine, values.shape) > geometry.SAME_GRID_VOXELS
         for place in places

@@ -86,12 +86,12 @@ def load_picture(path: str | Path) -> Picture:
                 f'save one picture per file, or write {{"spacing": [z, y, x]}} to '
                 f"{Path(path).stem}.json beside it, which makes a volume of it",
             )
-        name = picture.format or ""
-        turned = ImageOps.exif_transpose(picture)
-        if not _is_deep(picture):
+        name, is_deep = picture.format or "", _is_deep(picture)
+        if not is_deep:
+            turned = ImageOps.exif_transpose(picture)
             turned.load()
             return Picture(turned, name)
-        if turned is not picture and picture.getexif().get(_ORIENTATION, 1) != 1:
+        if picture.getexif().get(_ORIENTATION, 1) != 1:
             wrong = "16 bits per colour and an EXIF orientation"
             raise file_problem(path, wrong, "save it upright, without the tag")
         return Picture(picture, name, _deep_pixels(path))

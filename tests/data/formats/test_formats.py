@@ -1,0 +1,169 @@
+"""Formats beside NIfTI: what is read, and what is refused, file by file."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxseg.data import images, labels
+from jaxseg.data.formats import registry
+from jaxseg.data.label_values import LabelCoding
+from jaxseg.problem import FileProblem
+
+
+def sitk_image(values, spacing=(1.0, 2.0, 3.0), **options):
+    sitk = pytest.importorskip("SimpleITK")
+    image = sitk.GetImageFromArray(values, **options)
+    image.SetSpacing(spacing[: image.GetDimension()])
+    return sitk, image
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd"])
+def test_channels_of_a_volume_come_last(tmp_path, suffix):
+    values = np.random.default_rng(0).integers(0, 99, (5, 4, 3, 2)).astype(np.int16)
+    sitk, image = sitk_image(values, isVector=True)
+    path = str(tmp_path / f"a{suffix}")
+    sitk.WriteImage(image, path)
+    found, affine = images.read_image(path)
+    np.testing.assert_array_equal(found, values.transpose(2, 1, 0, 3))
+    np.testing.assert_array_equal(affine, np.diag([-1.0, -2.0, 3.0, 1.0]))
+    assert images.describe_image(path).shape == (3, 4, 5, 2)
+
+
+def test_nrrd_in_other_spaces_and_units(tmp_path):
+    nrrd = pytest.importorskip("nrrd")
+    values = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    path = str(tmp_path / "a.nrrd")
+    for space, signs in (("RAS", (1, 1, 1)), ("left-anterior-superior", (-1, 1, 1))):
+        fields = {
+            "space": space,
+            "space directions": np.diag([1.0, 2, 3]),
+            "space origin": [7, 8, 9],
+        }
+        nrrd.write(path, values, fields)
+        _, affine = images.read_image(path)
+        expected = np.diag([*signs, 1.0]) @ np.array(
+            [[1.0, 0, 0, 7], [0, 2, 0, 8], [0, 0, 3, 9], [0, 0, 0, 1]]
+        )
+        np.testing.assert_array_equal(affine, expected)
+    nrrd.write(path, values, fields | {"space units": ["um", "um", "um"]})
+    header = images.describe_image(path)
+    np.testing.assert_allclose(np.abs(np.diag(header.affine))[:3], [0.001, 0.002, 0.003])
+    assert "the unit is um, sizes are converted to mm" in header.remarks[0].kind
+    nrrd.write(path, values, fields | {"space": "scanner-xyz"})
+    with pytest.raises(FileProblem, match="its space is 'scanner-xyz'"):
+        images.read_image(path)
+    nrrd.write(path, values, {"spacings": [1.0, 2.0, 3.0]})
+    np.testing.assert_array_equal(images.read_image(path)[1], np.diag([-1.0, -2.0, 3.0, 1.0]))
+
+
+@pytest.mark.parametrize("module", ["nrrd", "SimpleITK"])
+def test_a_reader_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    path = tmp_path / ("a.nrrd" if module == "nrrd" else "a.mha")
+    path.write_bytes(b"NRRD0004\n")
+    with pytest.raises(FileProblem, match=rf"{module} is needed .*jaxseg\[formats\]"):
+        images.read_image(path)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".tif", ".bmp"]
+)
+def test_nonsense_is_refused_by_name(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    for content in (
+        b"",
+        b"hello",
+        b"NRRD0004\ntype: short\n\n",
+        b"ObjectType = Image\nNDims = 3\n",
+    ):
+        path.write_bytes(content)
+        for read in (images.read_image, lambda path: labels.read_label(path, LabelCoding())):
+            with pytest.raises(FileProblem) as caught:
+                read(path)
+            assert str(caught.value).startswith(f"{path}: ") and "; " in str(caught.value)
+
+
+def test_a_detached_header_without_its_data(tmp_path):
+    pytest.importorskip("nrrd")
+    sitk, image = sitk_image(np.zeros((5, 4, 3), np.int16))
+    sitk.WriteImage(image, str(tmp_path / "a.nhdr"))
+    (tmp_path / "a.raw").unlink()
+    with pytest.raises(FileProblem, match=r"data file .* is missing"):
+        images.read_image(tmp_path / "a.nhdr")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_16_bits_lose_none(tmp_path, suffix, channels):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 5, channels)).astype(np.uint16)
+    sitk, image = sitk_image(values if channels > 1 else values[..., 0], isVector=channels > 1)
+    sitk.WriteImage(image, str(tmp_path / f"a{suffix}"))
+    found, _ = images.read_image(tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(found[:, :, 0], values)
+    assert images.describe_image(tmp_path / f"a{suffix}").shape == (6, 5, 1, channels)
+
+
+def test_bmp(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (6, 5, 3)).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.bmp")
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.bmp")[0][:, :, 0], values)
+
+
+def save_stack(path, values):
+    pages = [
+        Image.fromarray(np.ascontiguousarray(values[..., z].T)) for z in range(values.shape[2])
+    ]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_a_stack_of_pages_with_a_spacing_is_a_volume(tmp_path, dtype):
+    values = np.random.default_rng(0).integers(0, 250, (3, 4, 5)).astype(dtype)
+    save_stack(tmp_path / "a_0000.tif", values)
+    (tmp_path / "a.json").write_text('{"spacing": [3, 2, 1]}')
+    assert registry.is_volume(tmp_path / "a_0000.tif")
+    image, affine = images.read_image(tmp_path / "a_0000.tif")
+    np.testing.assert_array_equal(image[..., 0], values)
+    np.testing.assert_array_equal(affine, np.diag([1.0, 2.0, 3.0, 1.0]))
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(FileProblem, match=r"stack of 5 pictures.*\"spacing\": \[z, y, x\]"):
+        images.read_image(tmp_path / "a_0000.tif")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"spacing": [1, 2]}', '{"spacing": [0, 1, 1]}', "[1]"])
+def test_a_spacing_that_is_none(tmp_path, text):
+    save_stack(tmp_path / "a.tif", np.zeros((3, 4, 5), np.uint8))
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FileProblem, match=r"a\.json: holds no spacing"):
+        images.read_image(tmp_path / "a.tif")
+
+
+def test_channels_in_files_of_their_own(tmp_path):
+    import nibabel
+
+    values = np.random.default_rng(0).normal(size=(3, 4, 5, 2)).astype(np.float32)
+    near = np.eye(4)
+    near[0, 3] = 0.2
+    paths = [str(tmp_path / f"a_000{channel}.nii.gz") for channel in range(2)]
+    for path, channel, affine in zip(
+        paths, values.transpose(3, 0, 1, 2), (np.eye(4), near), strict=True
+    ):
+        nibabel.save(nibabel.Nifti1Image(channel, affine), path)
+    volume = images.read_volume(paths)
+    np.testing.assert_array_equal(volume.values, values)
+    np.testing.assert_array_equal(volume.affine, np.eye(4))
+    assert "by up to 0.2 voxels" in volume.remarks[0].detail
+    nibabel.save(nibabel.Nifti1Image(values[:, :, :4, 0], np.eye(4)), paths[1])
+    with pytest.raises(FileProblem, match=r"a_0001.*shape \[3, 4, 4\], but .*a_0000"):
+        images.read_volume(paths)
+
+
+def test_names_of_formats():
+    assert registry.stem_of("x/a.b.nii.gz") == "x/a.b" and registry.stem_of("a.MHA") == "a"
+    assert registry.stem_of("a.png") == "a"
+    assert registry.output_suffixes("a.nii") == (".nii.gz", ".nii.gz")
+    assert registry.output_suffixes("a.mgh") == (".mgz", ".mgz")
+    assert registry.output_suffixes("a.jpg") == (".png", ".tif")
+    assert registry.is_image("a.NRRD") and not registry.is_image("a.webp")

@@ -1,0 +1,275 @@
+"""Which files of a folder are a dataset; no image is opened here."""
+
+import json
+
+import pytest
+
+from jaxseg.data.cases import Case, DatasetProblems
+from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.layouts import decathlon, find, nnunet, patterns, table
+from jaxseg.data.layouts.wanted import Wanted
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def describe(root, **content):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "dataset.json").write_text(json.dumps(content))
+
+
+def problems_of(function, *args):
+    with pytest.raises(DatasetProblems) as caught:
+        function(*args)
+    return caught.value.problems
+
+
+NNUNET = {
+    "channel_names": {"0": "T1", "1": "CT"},
+    "labels": {"tumour": 2, "background": 0, "organ": 1},
+    "numTraining": 2,
+    "file_ending": ".nii.gz",
+}
+
+
+@pytest.fixture
+def nnunet_root(tmp_path):
+    for case in ("b", "a"):
+        channels = (f"imagesTr/{case}_{number:04d}.nii.gz" for number in range(2))
+        touch(tmp_path, *channels, f"labelsTr/{case}.nii.gz")
+    describe(tmp_path, **NNUNET)
+    return tmp_path
+
+
+def test_an_nnunet_folder(nnunet_root):
+    touch(nnunet_root, "splits_final.json", "imagesTr/._a_0000.nii.gz")
+    dataset = find.find_dataset(nnunet_root, Wanted())
+    assert dataset.layout == nnunet.LAYOUT
+    files = [str(nnunet_root / f"imagesTr/a_000{channel}.nii.gz") for channel in range(2)]
+    assert dataset.cases[0] == Case("a", tuple(files), str(nnunet_root / "labelsTr/a.nii.gz"))
+    assert [case.case_id for case in dataset.cases] == ["a", "b"]
+    assert dataset.class_names == ("background", "organ", "tumour")
+    assert dataset.coding == LabelCoding((0, 1, 2))
+    assert dataset.modalities == ("T1", "CT")
+    assert dataset.split_file == "splits_final.json" and not dataset.notes
+
+
+def test_the_ignore_label_of_nnunet_counts_for_nothing(nnunet_root):
+    describe(nnunet_root, **NNUNET | {"labels": {"background": 0, "organ": 1, "ignore": 2}})
+    dataset = nnunet.find(nnunet_root)
+    assert dataset.coding == LabelCoding((0, 1), ignore=(2,))
+    assert dataset.class_names == ("background", "organ")
+
+
+def test_the_test_folder_of_nnunet_if_asked(nnunet_root):
+    touch(nnunet_root, "labelsTs/c.nii.gz")
+    for case in "cd":
+        touch(nnunet_root, *(f"imagesTs/{case}_{number:04d}.nii.gz" for number in range(2)))
+    assert len(nnunet.find(nnunet_root).cases) == 2
+    dataset = nnunet.find(nnunet_root, Wanted(test_folder=True))
+    assert [(case.case_id, case.set_name) for case in dataset.cases] == [
+        ("a", ""),
+        ("b", ""),
+        ("c", "test"),
+    ]
+    assert [case.case_id for case in dataset.unlabelled] == ["d"]
+
+
+def test_a_table_of_paths_in_the_description_of_nnunet(tmp_path):
+    touch(tmp_path / "elsewhere", "x.mha", "x_seg.mha")
+    table_of = {"x": {"images": ["../elsewhere/x.mha"], "label": "../elsewhere/x_seg.mha"}}
+    one = {"channel_names": {"0": "CT"}, "numTraining": 1, "file_ending": ".mha"}
+    describe(tmp_path / "root", **NNUNET | one, dataset=table_of)
+    [case] = find.find_dataset(tmp_path / "root", Wanted()).cases
+    assert case.image_path == str(tmp_path / "elsewhere" / "x.mha")
+    assert case.label_path == str(tmp_path / "elsewhere" / "x_seg.mha")
+    table_of["x"]["images"].append("gone.mha")
+    describe(tmp_path / "root", **NNUNET | one, dataset=table_of)
+    problems = problems_of(nnunet.find, tmp_path / "root")
+    assert len(problems) == 2
+    assert "2 images for 1 channels" in problems[0] and "gone.mha" in problems[1]
+
+
+def test_all_problems_of_an_nnunet_folder(nnunet_root):
+    (nnunet_root / "imagesTr/a_0001.nii.gz").unlink()
+    (nnunet_root / "labelsTr/b.nii.gz").unlink()
+    problems = problems_of(nnunet.find, nnunet_root)
+    assert len(problems) == 2
+    assert "case a has channels [0], where dataset.json names 2" in problems[0]
+    assert "labelsTr/b.nii.gz: the label of case b is missing" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": {"background": 0, "whole": [1, 2]}}, "has regions (whole), which"),
+        ({"labels": {"organ": 1, "rim": 2}}, 'has no "background": 0'),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "one value to several names"),
+        ({"labels": {}}, '"labels" is missing'),
+        ({"file_ending": "nii"}, '"file_ending" is missing'),
+        ({"channel_names": {"1": "T1", "2": "CT"}}, "numbers its channels [1, 2]"),
+    ],
+)
+def test_a_description_of_nnunet_that_says_nonsense(nnunet_root, changes, message):
+    describe(nnunet_root, **NNUNET | changes)
+    assert any(message in problem for problem in problems_of(nnunet.find, nnunet_root))
+
+
+def test_what_nothing_lists_is_a_note_or_if_strict_a_problem(nnunet_root):
+    touch(nnunet_root, "imagesTr/other.nii.gz", "labelsTr/c.nii.gz", "imagesTr/readme.txt")
+    describe(nnunet_root, **NNUNET | {"numTraining": 5})
+    notes = nnunet.find(nnunet_root).notes
+    assert len(notes) == 3
+    assert "other.nii.gz" in notes[0] and "readme.txt" in notes[0] and "left out" in notes[0]
+    assert "labelsTr/c.nii.gz: a label without" in notes[1] and "numTraining" in notes[2]
+    assert problems_of(nnunet.find, nnunet_root, Wanted(strict=True)) == list(notes)
+
+
+def msd(root, **changes):
+    training = [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}]
+    content = {
+        "modality": {"0": "T1", "1": "T2"},
+        "labels": {"0": "background", "1": "organ"},
+        "training": training,
+    }
+    describe(root, **content | changes)
+
+
+def test_channels_that_are_files_in_a_folder_of_nnunet_v1(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
+    msd(tmp_path)
+    [case] = find.find_dataset(tmp_path, Wanted()).cases
+    files = tuple(str(tmp_path / f"imagesTr/a_000{channel}.nii.gz") for channel in range(2))
+    assert case == Case("a", files, str(tmp_path / "labelsTr/a.nii.gz"))
+    (tmp_path / "imagesTr/a_0001.nii.gz").unlink()
+    [problem] = problems_of(decathlon.find, tmp_path)
+    assert "has no channel a_0001.nii.gz" in problem
+
+
+def test_names_as_other_systems_write_them(tmp_path):
+    decomposed, composed = "u\u0308.nii.gz", "\u00fc.nii.gz"
+    touch(tmp_path, f"imagesTr/{decomposed}", "labelsTr/a.nii.gz", "imagesTr/b.nii.gz")
+    training = [
+        {"image": f"imagesTr/{composed}", "label": "labelsTr\\a.nii.gz"},
+        {"image": str(tmp_path / "imagesTr/b.nii.gz"), "label": ".\\labelsTr\\a.nii.gz"},
+    ]
+    msd(tmp_path, training=training, numTraining="2", modality={"0": "T1"})
+    path = tmp_path / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    dataset = decathlon.find(tmp_path)
+    assert {case.image_path for case in dataset.cases} == {
+        str(tmp_path / "imagesTr" / decomposed),
+        str(tmp_path / "imagesTr/b.nii.gz"),
+    }
+    assert not dataset.notes
+
+
+def test_an_image_that_no_list_names_is_a_note(tmp_path):
+    touch(tmp_path, *(f"imagesTr/{name}.nii.gz" for name in "abcdefgh"), "labelsTr/a.nii.gz")
+    msd(tmp_path, modality={"0": "T1"})
+    [note] = decathlon.find(tmp_path).notes
+    assert "imagesTr/b.nii.gz" in note and "and 2 more: not listed in dataset.json" in note
+    assert problems_of(decathlon.find, tmp_path, Wanted(strict=True)) == [note]
+
+
+def test_several_channels_by_several_patterns(tmp_path):
+    touch(tmp_path, *(f"s{n}/s{n}_{k}.nii.gz" for n in (1, 2) for k in ("t1", "t2", "seg")))
+    wanted = Wanted(
+        image_glob="*/{case}_t1.nii.gz",
+        other_channels=("{dir}/{case}_t2.nii.gz",),
+        label_pattern="{dir}/{case}_seg.nii.gz",
+    )
+    dataset = find.find_dataset(tmp_path, wanted)
+    assert dataset.layout == patterns.LAYOUT
+    files = tuple(str(tmp_path / f"s1/s1_{kind}.nii.gz") for kind in ("t1", "t2"))
+    assert dataset.cases[0] == Case("s1", files, str(tmp_path / "s1/s1_seg.nii.gz"))
+    (tmp_path / "s2/s2_t2.nii.gz").unlink()
+    [problem] = problems_of(patterns.find, tmp_path, wanted)
+    assert "s2_t1.nii.gz: its channel" in problem and "s2_t2.nii.gz is missing" in problem
+
+
+def test_a_table(tmp_path):
+    touch(tmp_path / "data", "1_t1.nii.gz", "1_t2.nii.gz", "1.nii.gz", "2_t1.mha", "2_t2.mha")
+    whole = tmp_path / "data" / "2_t2.mha"
+    (tmp_path / "cases.csv").write_text(
+        "\ufeffcase,image_t1,image_t2,label,subject,set,fold\n"
+        "one,data/1_t1.nii.gz,data/1_t2.nii.gz,data/1.nii.gz,anna,train,1\n"
+        f"two,data\\2_t1.mha,{whole},,,,\n",
+        encoding="utf-8",
+    )
+    for root in (tmp_path, tmp_path / "cases.csv"):
+        dataset = find.find_dataset(root, Wanted(class_names=("b", "c")))
+        assert dataset.layout == table.LAYOUT and dataset.modalities == ("t1", "t2")
+        [one], [two] = dataset.cases, dataset.unlabelled
+        files = tuple(str(tmp_path / f"data/1_{kind}.nii.gz") for kind in ("t1", "t2"))
+        assert one == Case("one", files, str(tmp_path / "data/1.nii.gz"), "anna", "train", 1)
+        assert two == Case("two", (str(tmp_path / "data/2_t1.mha"), str(whole)))
+
+
+def test_all_problems_of_a_table(tmp_path):
+    touch(tmp_path, "a.png", "m.png")
+    path = tmp_path / "cases.csv"
+    path.write_text(
+        "case;image;label;set;fold\n"
+        "a;a.png;m.png;training;x\n"
+        ";b.png;m.png;;\n"
+        "a;a.png;m.png\n"
+        "../c;a.png;m.png;;\n"
+    )
+    problems = problems_of(table.find, path, Wanted())
+    for fragment in (
+        "line 2: its set is 'training'",
+        "line 2: its fold is 'x'",
+        "line 3: the case '' is no name",
+        "line 3: " + str(tmp_path / "b.png") + " is missing",
+        "line 4 has another number of cells",
+        "line 5: the case '../c' is no name",
+        "case a is there 2 times",
+    ):
+        assert sum(fragment in problem for problem in problems) == 1, (fragment, problems)
+    path.write_text("case,picture\n")
+    assert len(problems_of(table.find, path, Wanted())) == 3  # no image, no label, an odd column
+    path.write_text("")
+    assert "is empty" in problems_of(table.find, path, Wanted())[0]
+
+
+def test_cases_are_left_out_by_name_or_pattern(nnunet_root):
+    dataset = find.find_dataset(nnunet_root, Wanted(exclude=("b*",)))
+    assert [case.case_id for case in dataset.cases] == ["a"]
+    [problem] = problems_of(find.find_dataset, nnunet_root, Wanted(exclude=("c", "a")))
+    assert "'c' is no case of" in problem
+
+
+def test_a_folder_of_no_known_layout_says_what_was_looked_for(tmp_path):
+    [problem] = problems_of(find.find_dataset, tmp_path, Wanted())
+    for word in ("dataset.json", "cases.csv", "images/*", "--config.data.image_glob"):
+        assert word in problem
+    [problem] = problems_of(find.find_dataset, tmp_path / "gone", Wanted())
+    assert "no such folder" in problem
+
+
+def test_many_alike_problems_are_shown_as_a_few_and_a_number():
+    problems = [f"{n}.nii: cut; copy it again" for n in range(40)] + ["a: b; mend it"]
+    error = DatasetProblems(problems, all_in="run/problems.txt")
+    lines = str(error).splitlines()
+    assert lines[0] == "41 problems in the dataset:"
+    assert lines[1:6] == [f"- {line}" for line in problems[:5]]
+    assert lines[6:] == [
+        "- ... and 35 more like the last",
+        "- a: b; mend it",
+        "all of them are in run/problems.txt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "num_cases", "num_classes"),
+    [("Dataset027_ACDC", 100, 4), ("Dataset501_HeadNeckCT", 50, 6)],
+)
+def test_real_nnunet_folders(shared_data, folder, num_cases, num_classes):
+    dataset = find.find_dataset(shared_data(folder), Wanted())
+    assert dataset.layout == nnunet.LAYOUT and dataset.split_file == "splits_final.json"
+    assert len(dataset.cases) == num_cases and len(dataset.class_names) == num_classes
