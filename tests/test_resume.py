@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 
@@ -14,6 +15,7 @@ import pytest
 from jaxseg.config import base_config
 from jaxseg.data import pipeline
 from jaxseg.experiment import setup, train
+from jaxseg.problem import Problem
 from jaxseg.run import checkpoint
 from jaxseg.run import log as run_log
 
@@ -239,3 +241,34 @@ def test_a_learning_rate_that_diverges_does_not_end_the_others():
     rows[1]["loss"][0] = np.nan
     with pytest.raises(setup.RunProblem, match="loss of step 7"):
         train.mean_metrics(rows, 7, enough=np.any)
+
+
+def test_data_that_have_moved_are_the_same_data(trained, tmp_path):
+    config = copy_of(trained)
+    config.data.dir = str(tmp_path / "elsewhere")
+    shutil.copytree(trained.data.dir, config.data.dir)
+    before = saved_state(trained)
+    train.train(config)
+    for expected, actual in zip(before, saved_state(trained), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+    image = pathlib.Path(config.data.dir, "imagesTr", "case_01.nii.gz")
+    other = pathlib.Path(config.data.dir, "imagesTr", "case_02.nii.gz")
+    image.write_bytes(other.read_bytes())
+    with pytest.raises(setup.RunProblem) as caught:
+        train.train(config)
+    lines = str(caught.value).splitlines()
+    assert lines[1:] == [f"  - case case_01: {image} has changed"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "plan.json", "data.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_file_of_a_run_is_named(trained, name, content):
+    path = pathlib.Path(trained.workdir, name)
+    original = path.read_text()
+    path.write_text(content)
+    try:
+        with pytest.raises(Problem, match=rf"{re.escape(name)}: damaged"):
+            train.train(trained)
+    finally:
+        path.write_text(original)

@@ -179,10 +179,18 @@ def left_out(input_path: str | Path, folder: str | Path, recursive: bool) -> lis
         and not registry.is_image(path)
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and not path.resolve().is_relative_to(output)
-        and not any(registry.is_volume(path.with_suffix(s)) for s in (".tif", ".tiff", ".mhd"))
+        and not _belongs_to_an_image(path)
     )
     more = [f"and {len(others) - _MAX_NAMED} more"] if len(others) > _MAX_NAMED else []
     return others[:_MAX_NAMED] + more
+
+
+def _belongs_to_an_image(path):
+    """Whether a file holds the voxels, or the spacing, of an image of the same name."""
+    headers = (".tif", ".tiff", ".mhd", ".nhdr")
+    return path.suffix in (".json", ".raw", ".zraw") and any(
+        path.with_suffix(suffix).is_file() for suffix in headers
+    )
 
 
 def state_of(case: ImageCase) -> dict[str, Any]:

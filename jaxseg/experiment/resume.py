@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ _MAX_LISTED = 10
 
 def refuse_another_experiment(workdir: str, config: ConfigDict) -> None:
     """Raises RunProblem if the saved run in `workdir` has another config."""
-    saved = json.dumps(read_json(os.path.join(workdir, "config.json")))
+    saved = json.dumps(read_json(os.path.join(workdir, "config.json"), ("data", "model")))
     changes = config_lib.differences(saved, config_lib.to_json(config))
     if changes:
         raise RunProblem(_another_run(workdir, changes))
@@ -25,20 +26,20 @@ def refuse_another_experiment(workdir: str, config: ConfigDict) -> None:
 
 def refuse_other_data(workdir: str, data: Data) -> None:
     """Raises RunProblem if the saved run in `workdir` was trained on other data."""
-    saved = read_json(os.path.join(workdir, "data.json"))
     now = describe_data(data)
+    saved = read_json(os.path.join(workdir, "data.json"), now.keys() - {"files"})
     files = _changed_files(saved.get("files", {}), now.pop("files"), data)
     changes = [
         f"{key}: {saved[key]} -> {now[key]}"
         for key in now
-        if key in saved and saved[key] != now[key] and not (files and key == "fingerprint")
+        if saved[key] != now[key] and not (files and key in ("fingerprint", "split"))
     ]
     if changes or files:
         raise RunProblem(_another_run(workdir, changes + files))
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file of a run.
+def read_json(path: str, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The object in a JSON file of a run, which has these keys.
 
     Raises:
       RunProblem: the file is missing or damaged.
@@ -48,6 +49,8 @@ def read_json(path: str) -> dict[str, Any]:
             content = json.load(file)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it has no {missing[0]!r}")
         return content
     except (OSError, ValueError) as error:
         raise RunProblem(

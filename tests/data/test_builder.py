@@ -538,3 +538,65 @@ def test_home_and_relative_paths_work(tmp_path, dataset, monkeypatch, path):
     assert len(list((tmp_path / "cache").rglob("plan.json"))) == 1
     monkeypatch.chdir("/")
     assert store["case_00"].image[:1, :1, :1].shape == (1, 1, 1, 1)
+
+
+def test_a_case_that_memory_does_not_hold_is_named_before_any_is_prepared(tmp_path, dataset):
+    for path in dataset.cases[2].paths:
+        values = np.asarray(nibabel.load(path).dataobj)
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([1000.0, 1000, 2000, 1])), path)
+    with pytest.raises(cases.DatasetProblems) as caught:
+        prepare(dataset, tmp_path / "cache")
+    [problem] = caught.value.problems
+    assert problem.startswith(f"{dataset.cases[2].image_path}: [20, 18, 8] voxels of 1000 x 1000")
+    assert "become [20000, 18000, 8000] of 1 x 1 x 2 mm" in problem
+    assert not list((tmp_path / "cache").glob("*/part-*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: bytes(len(content)),
+        lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
+        lambda content: b"",
+    ],
+    ids=["cut", "zeroed", "flipped", "emptied"],
+)
+def test_a_part_that_is_damaged_is_made_again(tmp_path, dataset, count_reads, damage):
+    store, _, _ = prepare(dataset, tmp_path / "cache")
+    expected = [whole(store[case.case_id]) for case in dataset.cases]
+    files = [path for path in (tmp_path / "cache").rglob("part-*/**/*") if path.is_file()]
+    assert len(files) > 4
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(damage(content.ljust(101, b" ") if path.name == "files.json" else content))
+        count_reads.clear()
+        store, _, _ = prepare(dataset, tmp_path / "cache")
+        assert len(count_reads) in (0, 3), path
+        for case, original in zip(dataset.cases, expected, strict=True):
+            assert_same_case(store[case.case_id], original)
+
+
+def test_a_full_disk_is_named_with_the_setting_that_mends_it(tmp_path, dataset, monkeypatch):
+    def full(self, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(builder.CaseBuilder, "download_and_prepare", full)
+    with pytest.raises(OSError, match=r"No space left .*--config\.data\.cache_dir"):
+        prepare(dataset, tmp_path / "cache")
+
+
+def test_voxels_that_do_not_count_weigh_nothing(tmp_path, dataset):
+    for case in dataset.cases:
+        image = nibabel.load(case.label_path)
+        values = np.asarray(image.dataobj).copy()
+        values[:6] = 9
+        nibabel.save(nibabel.Nifti1Image(values, image.affine), case.label_path)
+    ignoring = dataclasses.replace(dataset, coding=LabelCoding((0, 1, 2), ignore=(9,)))
+    store, _, _ = prepare(ignoring, tmp_path / "cache")
+    for border_weight in (None, {"w0": 10.0, "sigma": 5.0}):
+        store, _, _ = prepare(ignoring, tmp_path / "cache", border_weight=border_weight)
+        case = whole(store["case_00"])
+        assert not case.weight[:6].any() and (case.weight[6:] > 0).all()
+        assert not case.label[:6].any() and case.label.any()
+        assert min(voxels[:, 0].min() for voxels in case.locations) >= 6

@@ -163,3 +163,61 @@ def test_records_begin_before_the_first_case(tmp_path):
         "class_names": ["background", "liver"],
         "cases": {},
     }
+
+
+def test_what_is_no_image_is_listed(tmp_path):
+    make_files(
+        tmp_path / "in", "a.png", "b.webp", "c.txt", ".hidden", "sub/d.dcm", "v.tif", "v.json"
+    )
+    (tmp_path / "in" / "v.json").write_text('{"spacing": [1, 1, 1]}')
+    assert predictions.left_out(tmp_path / "in", tmp_path / "out", False) == ["b.webp", "c.txt"]
+    recursive = predictions.left_out(tmp_path / "in", tmp_path / "out", True)
+    assert recursive == ["b.webp", "c.txt", "sub/d.dcm"]
+    make_files(tmp_path / "in", *(f"{number:02d}.log" for number in range(20)))
+    assert predictions.left_out(tmp_path / "in", tmp_path / "out", False)[-1] == "and 12 more"
+
+
+def test_channels_that_are_files(tmp_path):
+    make_files(tmp_path / "in", *(f"{case}_000{n}.mha" for case in "ab" for n in range(2)))
+    found = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 2)
+    assert [case.case_id for case in found] == ["a", "b"]
+    assert [case.files["label"] for case in found] == [f"{tmp_path}/out/{c}.mha" for c in "ab"]
+    assert found[0].paths == tuple(f"{tmp_path}/in/a_000{n}.mha" for n in range(2))
+    state = predictions.state_of(found[0])
+    assert state["file"].endswith("a_0000.mha")
+    assert state["channels"][0]["file"].endswith("a_0001.mha")
+    apart = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 1)
+    assert [case.case_id for case in apart] == ["a_0000", "a_0001", "b_0000", "b_0001"]
+    make_files(tmp_path / "in", "c.mha")  # not all files are named so
+    with_other = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 2)
+    assert len(with_other) == 5
+
+
+def test_two_processes_write_down_what_they_do_in_one_folder(tmp_path):
+    halves = []
+    for half in range(2):
+        make_files(tmp_path / f"in{half}", *(f"c{half}{number}.nii" for number in range(4)))
+        halves.append(
+            predictions.find_images(tmp_path / f"in{half}", tmp_path / "out", ("label",), False)
+        )
+    (tmp_path / "out").mkdir()
+    both = [predictions.Records(tmp_path / "out", cases, **PREDICTOR) for cases in halves]
+    for number in range(4):
+        for records, cases in zip(both, halves, strict=True):
+            make_files(tmp_path / "out", f"{cases[number].case_id}.nii.gz")
+            records.add(cases[number], predictions.state_of(cases[number]))
+    again = [predictions.Records(tmp_path / "out", cases, **PREDICTOR) for cases in halves]
+    assert len(again[0].content["cases"]) == 8
+    assert all(r.is_done(c) for r, cases in zip(again, halves, strict=True) for c in cases)
+    with pytest.raises(predictions.FolderProblem, match="with other weights or options"):
+        predictions.Records(tmp_path / "out", halves[0], **PREDICTOR | {"identity": "other"})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"identity": 1, "workdirs": [], "class_names": [], "cases": []}']
+)
+def test_a_damaged_record_is_a_clear_problem(tmp_path, text):
+    make_files(tmp_path / "in", "a.nii")
+    (tmp_path / "predictions.json").write_text(text)
+    with pytest.raises(predictions.FolderProblem, match=r"predictions\.json was not written by"):
+        predictions.Records(tmp_path, find(tmp_path / "in"), **PREDICTOR)

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import json
 
 import nibabel
 import numpy as np
@@ -7,13 +9,14 @@ from PIL import Image
 
 from jaxseg import geometry
 from jaxseg.data.cases import Case, Dataset, DatasetProblems
-from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.label_values import IGNORED, LabelCoding
 from jaxseg.data.preprocess import (
     Plan,
     border_weights,
     make_plan,
     preprocess_image,
     preprocess_label,
+    slice_axes,
 )
 
 # Clips nothing in sight, subtracts 0 and divides by 1.
@@ -385,3 +388,58 @@ def test_border_weights_of_one_cell_balance_alone():
     instances[1, 1:3] = 6
     expected = np.where(instances > 0, 20 / (2 * 2), 20 / (2 * 18))
     np.testing.assert_allclose(border_weights(instances), expected, rtol=1e-6)
+
+
+def test_slices_are_cut_across_the_thickest_axis():
+    shapes = [(20, 30, 40)] * 3
+    assert slice_axes(shapes, [(1, 1, 1)] * 3) == (0, 1, 2)  # of equals the last
+    assert slice_axes(shapes, [(1, 1, 4)] * 3) == (0, 1, 2)
+    assert slice_axes(shapes, [(4, 1, 1)] * 3) == (1, 2, 0)
+    assert slice_axes(shapes, [(1, 4, 1)] * 3) == (0, 2, 1)
+    assert slice_axes(shapes, [(4, 1, 1), (4, 1, 1), (1, 1, 9)]) == (1, 2, 0)  # the median
+    assert slice_axes(shapes, [(1.005, 1, 1)] * 3) == (0, 1, 2)  # but for rounding
+    assert slice_axes([(1, 30, 40), (1, 20, 20)], [(1, 2, 3)] * 2) == (1, 2, 0)
+    assert slice_axes([(1, 30, 40), (2, 20, 20)], [(1, 2, 3)] * 2) == (0, 1, 2)
+
+
+@each_affine
+def test_the_prepared_volume_is_laid_down_for_slices(affine):
+    shape = (9, 8, 7)
+    image = np.random.default_rng(0).normal(size=(*shape, 1)).astype(np.float32)
+    label = blob(shape, affine, 3.0)
+    plain = make_plan_of((1.3, 1.1, 0.9))
+    turned = dataclasses.replace(plain, axes=(1, 2, 0))
+    expected, expected_affine = preprocess_image(image, affine, plain)
+    found, found_affine = preprocess_image(image, affine, turned)
+    np.testing.assert_array_equal(found, expected.transpose(1, 2, 0, 3))
+    np.testing.assert_array_equal(found_affine, expected_affine[:, [1, 2, 0, 3]])
+    np.testing.assert_array_equal(
+        preprocess_label(label, affine, turned, 3),
+        preprocess_label(label, affine, plain, 3).transpose(1, 2, 0),
+    )
+
+
+def test_what_does_not_count_stays_so():
+    label = np.zeros((12, 12, 12), np.uint8)
+    label[2:10, 2:10, 2:10] = 1
+    label[2:10, 2:10, 6:] = IGNORED
+    plan = dataclasses.replace(make_plan_of((2.0, 2.0, 2.0)), keep_thin=True)
+    prepared = preprocess_label(label, np.eye(4), plan, 2)
+    np.testing.assert_array_equal(prepared, label[::2, ::2, ::2])
+    np.testing.assert_array_equal(
+        preprocess_label(label, np.eye(4), make_plan_of((1, 1, 1)), 2), label
+    )
+
+
+def test_a_plan_of_version_0_1_keeps_its_rules():
+    fields = json.loads(make_plan_of((1, 1, 1)).to_json())
+    for name in ("axes", "spacing_from", "keep_thin", "typical"):
+        del fields[name]
+    plan = Plan.from_json(json.dumps(fields))
+    assert (plan.axes, plan.spacing_from, plan.keep_thin) == ((0, 1, 2), "sform", False)
+    lines = np.zeros((8, 8, 4), np.uint8)
+    lines[3] = 1  # at half the resolution a tie, which the background had then
+    plan = dataclasses.replace(plan, spacing_mm=(2.0, 2.0, 1.0))
+    assert not preprocess_label(lines, np.eye(4), plan, 2).any()
+    new = dataclasses.replace(plan, keep_thin=True)
+    assert preprocess_label(lines, np.eye(4), new, 2).sum() == 16

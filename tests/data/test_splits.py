@@ -234,3 +234,43 @@ def test_folds_that_validate_a_case_twice_are_not_averaged():
         splits.check_folds(folds)
     folds[1]["val"] = ["a"]
     splits.check_folds(folds)
+
+
+def test_the_split_of_a_table():
+    told = {
+        "a": ("train", None),
+        "b": ("val", None),
+        "c": ("test", None),
+        "d": ("unused", None),
+        "e": ("", None),
+    }
+    assert splits.split_as_told(told) == {"train": ["a", "e"], "val": ["b"], "test": ["c"]}
+
+
+def test_the_folds_of_a_table():
+    told = {"a": ("", 0), "b": ("train", 1), "c": ("test", None), "d": ("", 2)}
+    assert splits.split_as_told(told, fold=1) == {"train": ["a", "d"], "val": ["b"], "test": ["c"]}
+    with pytest.raises(SplitProblem, match=r"split\.fold 3 is missing: .* \[0, 1, 2\]"):
+        splits.split_as_told(told, fold=3)
+    with pytest.raises(SplitProblem, match="puts a subject into two sets: anna"):
+        splits.split_as_told(told, subject_of=lambda case: "anna" if case in "ab" else case)
+
+
+def test_cases_with_one_image_are_of_one_subject():
+    subject_of = splits.with_twins(
+        lambda case: case[0],
+        [["a1", "b1"], ["c1", "b2"], ["d1", "d2"], ["e1", "gone"]],
+        ["a1", "b1", "b2", "c1", "d1", "d2", "e1", "f1"],
+    )
+    assert len({subject_of(case) for case in ("a1", "b1", "b2", "c1", "a2")}) == 1
+    assert [subject_of(case) for case in ("d1", "e1", "f1")] == ["d", "e", "f"]
+    ids = [f"{subject}{number}" for subject in "abcdefgh" for number in (1, 2)]
+    for seed in range(5):
+        split = split_by_subject(ids, seed=seed, subject_of=subject_of)
+        [together] = [names for names in split.values() if "a1" in names]
+        assert {"b1", "b2", "c1"} <= set(together)
+
+
+def test_a_given_test_set_is_kept():
+    split = split_by_subject(list("abcdefgh"), seed=0, test=["c"])
+    assert split["test"] == ["c"] and len(split["val"]) == 1

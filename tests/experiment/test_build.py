@@ -1,5 +1,8 @@
 """What a config says about the members of a run, and about its splits."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ from jaxseg.config import base_config, from_json, to_json
 from jaxseg.config_checks import validate
 from jaxseg.data import cases
 from jaxseg.data.label_values import LabelCoding
-from jaxseg.experiment import build, gather
+from jaxseg.data.preprocess import Plan
+from jaxseg.data.verify import CaseFacts
+from jaxseg.experiment import advice, build, gather
 from jaxseg.experiment.members import Member, kind_of_members, members_of
 
 
@@ -81,3 +86,73 @@ def test_folds_of_an_ensemble_are_those_of_single_runs():
         assert split == gather.make_split(alone, some_cases(20), fold)
         validated += split["val"]
     assert len(validated) == len(set(validated)) == 20 - len(split["test"])
+
+
+def test_a_split_that_the_dataset_brings_is_honoured(tmp_path):
+    (tmp_path / "splits_final.json").write_text(
+        json.dumps(
+            [
+                {"train": ["case_0", "case_2"], "val": ["case_1"]},
+                {"train": ["case_1", "case_2"], "val": ["case_0"]},
+            ]
+        )
+    )
+    dataset = dataclasses.replace(some_cases(3), root=str(tmp_path), split_file="splits_final.json")
+    config = base_config()
+    for fold, validated in ((0, "case_1"), (1, "case_0")):
+        split = gather.make_split(config, dataset, fold)
+        assert split["val"] == [validated] and split["test"] == []
+    tested = dataclasses.replace(
+        dataset,
+        cases=(*dataset.cases, cases.Case("case_9", ("9.nii",), "9_seg.nii", set_name="test")),
+    )
+    assert gather.make_split(config, tested, 0)["test"] == ["case_9"]
+    config.split.num_folds = 3  # asks for another
+    assert len(gather.make_split(config, dataset, 2)["val"]) == 1
+
+
+def test_subjects_and_sets_of_a_table_are_honoured():
+    found = tuple(
+        cases.Case(f"c{n}", (f"{n}.nii",), f"{n}_seg.nii", subject="ab"[n % 2], set_name=s)
+        for n, s in enumerate(("train", "val", "train", "val"))
+    )
+    dataset = dataclasses.replace(some_cases(1), cases=found)
+    split = gather.make_split(base_config(), dataset, 0)
+    assert split == {"train": ["c0", "c2"], "val": ["c1", "c3"], "test": []}
+
+
+def facts(spacing_mm):
+    return CaseFacts((20, 20, 20), spacing_mm, (10, 5), "x")
+
+
+def test_how_slices_are_cut_and_sides_are_mistaken_is_said():
+    config, dataset = base_config(), some_cases(2)
+    plan = Plan((4.0, 1.0, 1.0), ("zscore",), ((),), 1, 1, axes=(1, 2, 0))
+    of_cases = [facts((4.0, 1.0, 1.0)), facts((1.0, 1.0, 9.0))]
+    lines = list(advice.about_axes(config, dataset, of_cases, plan))
+    assert len(lines) == 2
+    assert lines[0].startswith("slices are sagittal: of voxels of 4 x 1 x 1 mm")
+    assert lines[1].startswith("slices of 1 training case(s), which lie another way")
+    sided = dataclasses.replace(dataset, class_names=("background", "left_parotid"))
+    axial = dataclasses.replace(plan, axes=(0, 1, 2), spacing_mm=(1.0, 1.0, 4.0))
+    lines = list(advice.about_axes(config, sided, [], axial))
+    assert "mirrors left and right: --config.augment.flip.axes=(1,) ends that" in lines[1]
+    assert len(list(advice.about_axes(config, sided, [], plan))) == 1  # no axis in plane is it
+    config.augment.flip.axes = (1,)
+    assert len(list(advice.about_axes(config, sided, [], axial))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "says_so"),
+    [
+        ("left_parotid", True),
+        ("Kidney L", True),
+        ("kidneyRight", True),
+        ("LH-cortex", True),
+        ("liver", False),
+        ("bright lesion", False),
+        ("cleft", False),
+    ],
+)
+def test_names_of_sides(name, says_so):
+    assert advice.names_a_side(name) == says_so

@@ -569,3 +569,34 @@ def test_the_command_starts_without_what_it_does_not_need():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_masks_of_any_depth_are_scored(tmp_path):
+    mask = np.zeros((8, 9), np.uint8)
+    mask[2:6, 3:7] = 1
+    for name, values in (("p", mask), ("r", mask.astype(np.uint16) * 65535)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "a.png")
+    text = evaluate_folder.evaluate_folders(str(tmp_path / "p"), str(tmp_path / "r"))
+    assert "mean Dice 1.0000" in text
+
+
+def test_what_does_not_count_is_not_scored_and_contradictions_are_told_of(
+    tmp_path,
+):
+    label = np.zeros((8, 9, 5), np.uint8)
+    label[2:6, 3:7, 1:4] = 1
+    reference = label.copy()
+    reference[4:] = 9
+    for name, values in (("p", label), ("r", reference)):
+        (tmp_path / name).mkdir()
+        image = nibabel.Nifti1Image(values, None)
+        image.header.set_zooms((1.5, 1.5, 10.0))
+        image.set_sform(np.diag([-1.0, -1.0, 1.0, 1.0]), 2, update_affine=False)
+        nibabel.save(image, tmp_path / name / "a.nii.gz")
+    options = {"label_values": (0, 1), "ignore_values": (9,), "output": str(tmp_path / "o")}
+    text = evaluate_folder.evaluate_folders(str(tmp_path / "p"), str(tmp_path / "r"), **options)
+    assert text.startswith("note: 2 files, for example the first: sform and pixdim contradict")
+    scores = json.loads((tmp_path / "o" / "evaluation.json").read_text())["cases"]["a"]
+    assert scores["dice"][1] == 1
+    assert scores["reference_volume_ml"][1] == pytest.approx(2 * 4 * 3 * 22.5 / 1000)

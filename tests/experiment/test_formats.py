@@ -71,7 +71,9 @@ def test_every_format_gets_the_same_label(predicted):
 
 
 def test_itk_finds_the_label_where_it_finds_the_image(predicted):
-    for path, written in in_and_out(predicted, "a.nii", "b.nii.gz", ".nrrd", ".nhdr", "a", ".mhd"):
+    for path, written in in_and_out(
+        predicted, "a.nii", "b.nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"
+    ):
         image, label = (sitk.ReadImage(str(file)) for file in (path, written))
         for field in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
             assert getattr(label, field)() == getattr(image, field)(), (path.name, field)

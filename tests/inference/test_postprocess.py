@@ -10,7 +10,13 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from jaxseg.inference import postprocess
-from jaxseg.inference.postprocess import apply_steps, candidate_steps, check_steps, choose_steps
+from jaxseg.inference.postprocess import (
+    apply_steps,
+    candidate_steps,
+    check_steps,
+    choose_steps,
+    shortened,
+)
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 ANISOTROPIC = (0.7, 1.3, 2.9)
@@ -465,3 +471,46 @@ def test_a_step_that_can_not_be_taken_is_named(bad, message):
 def test_steps_must_be_a_list():
     with pytest.raises(ValueError, match=r"must be a list, not \{'name'"):
         check_steps(step("fill_holes", 1), 3)
+
+
+@pytest.mark.parametrize(
+    ("finest_mm", "unit"),
+    [(0.25, 1.0), (1.0, 1.0), (2.0, 1.0), (0.01, 0.01), (5.0, 5.0), (2e3, 2e3)],
+)
+def test_sizes_are_tried_in_millimetres_or_where_voxels_are_no_such_size_in_voxels(finest_mm, unit):
+    steps = candidate_steps(2, finest_mm)
+    radii = {s["radius_mm"] for s in steps if "radius_mm" in s}
+    assert radii == {unit, 2 * unit}
+    volumes = [s["min_volume_mm3"] for s in steps if "min_volume_mm3" in s]
+    np.testing.assert_allclose(volumes, np.multiply((10, 100, 1000), unit**3))
+    check_steps(steps, 2)
+
+
+def test_the_same_voxels_are_treated_alike_from_micrometres_to_metres():
+    label = random_label((14, 13, 12), sigma=1.6)
+    expected = [apply_steps(label, (1, 1, 2), [s]) for s in candidate_steps(4)]
+    for scale in (1e-3, 1e-2, 10.0, 1e3):
+        spacing_mm = np.multiply((1, 1, 2), scale)
+        for s, result in zip(candidate_steps(4, scale), expected, strict=True):
+            np.testing.assert_array_equal(apply_steps(label, spacing_mm, [s]), result)
+    prediction, reference = label, apply_steps(label, (1, 1, 2), [step("close", 1, radius_mm=1.0)])
+    kept = [
+        choose_steps([(prediction, reference, np.multiply((1, 1, 2), scale))], 4)[1]
+        for scale in (1.0, 0.01)
+    ]
+    assert [d["kept"] for d in kept[0]] == [d["kept"] for d in kept[1]]
+
+
+def test_a_reach_of_very_many_voxels_is_bounded_and_told():
+    label = random_label((14, 13, 12), sigma=1.6)
+    fine = (0.01, 0.01, 0.01)
+    steps = [step("close", 1, radius_mm=2.0), step("smooth", 1, sigma_mm=1.0)]
+    bounded = [step("close", 1, radius_mm=0.32), step("smooth", 1, sigma_mm=0.32 / 3)]
+    np.testing.assert_array_equal(
+        apply_steps(label, fine, steps), apply_steps(label, fine, bounded)
+    )
+    assert shortened(steps, fine) == [
+        "close reaches 0.32 mm in place of 2, 32 voxels",
+        "smooth reaches 0.32 mm in place of 3, 32 voxels",
+    ]
+    assert shortened(steps, (0.5, 0.5, 3.0)) == []

@@ -175,3 +175,23 @@ def test_sampled_columns_are_few():
 
 if __name__ == "__main__":
     save_probs(sys.argv[1])
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 0), (0, 2, 1)])
+def test_slices_of_another_axis_are_those_of_the_volume_laid_down(axes):
+    image = make_image((13, 18, 9))
+    spacing_mm = np.array([4.0, 2.0, 3.0])
+    recipe, variables = make((8, 8), ("label", "probs", "sample"))
+    laid_down = np.diag([*spacing_mm[list(axes)], 1.0])
+    expected = whole_volume.create_segment_fn(recipe)(
+        variables, image.transpose(*axes, 3), laid_down
+    )
+    recipe, _ = make((8, 8), ("label", "probs", "sample"), axes=axes)
+    affine = np.diag([*spacing_mm, 1.0])
+    found = whole_volume.create_segment_fn(recipe)(variables, image, affine)
+    back = np.argsort(axes)
+    np.testing.assert_array_equal(found["label"], expected["label"].transpose(back))
+    np.testing.assert_allclose(found["probs"], expected["probs"].transpose(*back, 3), atol=1e-6)
+    np.testing.assert_array_equal(
+        found["sample"].argmax(-1), whole_volume.sampled(found["label"], affine, recipe)
+    )
