@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import shutil
@@ -552,27 +553,24 @@ def test_a_case_that_memory_does_not_hold_is_named_before_any_is_prepared(tmp_pa
     assert not list((tmp_path / "cache").glob("*/part-*"))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[: len(content) // 2],
-        lambda content: bytes(len(content)),
-        lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
-        lambda content: b"",
-    ],
-    ids=["cut", "zeroed", "flipped", "emptied"],
+DAMAGES = (
+    lambda content: content[: len(content) // 2],
+    lambda content: bytes(len(content)),
+    lambda content: content[:10] + bytes([content[10] ^ 1]) + content[11:],
+    lambda content: b"",
 )
-def test_a_part_that_is_damaged_is_made_again(tmp_path, dataset, count_reads, damage):
+
+
+def test_a_part_that_is_damaged_is_made_again(tmp_path, dataset, count_reads):
     store, _, _ = prepare(dataset, tmp_path / "cache")
     expected = [whole(store[case.case_id]) for case in dataset.cases]
     files = [path for path in (tmp_path / "cache").rglob("part-*/**/*") if path.is_file()]
     assert len(files) > 4
-    for path in files:
-        content = path.read_bytes()
-        path.write_bytes(damage(content.ljust(101, b" ") if path.name == "files.json" else content))
+    for path, damage in zip(files, itertools.cycle(DAMAGES), strict=False):
+        path.write_bytes(damage(path.read_bytes()))
         count_reads.clear()
         store, _, _ = prepare(dataset, tmp_path / "cache")
-        assert len(count_reads) in (0, 3), path
+        assert len(count_reads) == 3, path
         for case, original in zip(dataset.cases, expected, strict=True):
             assert_same_case(store[case.case_id], original)
 

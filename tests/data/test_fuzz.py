@@ -1,5 +1,6 @@
 """Bytes of files flipped, cut and zeroed at random: what is read is right, or refused by name."""
 
+import functools
 import itertools
 
 import nibabel
@@ -14,6 +15,7 @@ from jaxseg.data.layouts.wanted import Wanted
 from jaxseg.experiment import portable
 from jaxseg.experiment.predictor import load_predictor
 from jaxseg.problem import Problem
+from jaxseg.run import checkpoint
 
 NUM_TRIES = 500
 
@@ -33,7 +35,7 @@ def damaged(content, rng):
 
 
 @pytest.fixture
-def files(tmp_path, finished_run):
+def files(tmp_path, finished_run, monkeypatch):
     """By path a function that reads the file, or what it belongs to."""
     run, data = finished_run
     values = np.random.default_rng(0).integers(0, 3, (7, 6, 5)).astype(np.uint8)
@@ -42,6 +44,9 @@ def files(tmp_path, finished_run):
         images.read_image(path)
         labels.read_label(path, LabelCoding((0, 1, 2)))
 
+    # What takes long, and is not damaged here.
+    load_once = functools.cache(checkpoint.load_variables)
+    monkeypatch.setattr(checkpoint, "load_variables", load_once)
     found = {}
     for name in ("a.nii", "a.nii.gz"):
         nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / name)
