@@ -43,6 +43,12 @@ def data_fingerprint(dataset: Dataset, cache_dir: str) -> tuple[str, dict[str, l
     return digest.hexdigest(), digests
 
 
+def sha256_of(path: str) -> bytes:
+    """SHA-256 of a file's bytes; raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def _known_digests(path):
     """By file what it was and its SHA-256; nothing where that was lost."""
     try:
@@ -70,8 +76,7 @@ def _digest_of_readable(path, known):
     state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     if path in known and known[path][:-1] == state:
         return bytes.fromhex(known[path][-1])
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
+    digest = sha256_of(path)
     if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_S:
         known[path] = [*state, digest.hex()]
     return digest

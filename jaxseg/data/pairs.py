@@ -15,14 +15,13 @@ import numpy as np
 from jaxseg.data.formats import registry
 from jaxseg.data.formats.volume import Volume, grouped
 from jaxseg.data.images import affine_problems, grid_remarks
-from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.label_values import MAX_CLASSES, LabelCoding
 from jaxseg.data.labels import decode_label, settled_values
 from jaxseg.problem import FileProblem, Problem
 from jaxseg.run.log import bar_over
 
 MAX_LISTED = 10
 
-_MAX_CLASSES = 256  # class indices are uint8
 # What a mask may have in place of 1.
 _MASK_VALUES = {1, 255, 65535}
 # What the predict command writes beside the label of a case.
@@ -173,10 +172,10 @@ def _inspect(path, coding, spacing_from):
     values = np.unique(settled_values(path, stored, coding).ravel(order="K"))
     values = values[~np.isin(values, coding.ignore)]
     whole = np.isfinite(values).all() and (values == np.round(values)).all()
-    if values.size > _MAX_CLASSES or not whole or values.min(initial=0) < 0:
+    if values.size > MAX_CLASSES or not whole or values.min(initial=0) < 0:
         raise FileProblem(
             f"{path}: holds {values.size} values from {values.min():g} to {values.max():g}, where "
-            f"labels are at most {_MAX_CLASSES} whole numbers from 0; give a label file"
+            f"labels are at most {MAX_CLASSES} whole numbers from 0; give a label file"
         )
     shape_only = np.broadcast_to(np.uint8(0), stored.values.shape)
     grid = Volume(shape_only, stored.affine, stored.remarks)
@@ -198,9 +197,9 @@ def _found_values(values, references):
 def _value_problems(values, label_values):
     """What the classes leave unexplained; `label_values` may be anything that a user typed."""
     known, allowed = set(label_values), list(label_values)
-    if len(known) != len(label_values) or not 2 <= len(known) <= _MAX_CLASSES or min(known) < 0:
+    if len(known) != len(label_values) or not 2 <= len(known) <= MAX_CLASSES or min(known) < 0:
         return [
-            f"label values {allowed} are no classes; give 2 to {_MAX_CLASSES} different "
+            f"label values {allowed} are no classes; give 2 to {MAX_CLASSES} different "
             "whole numbers from 0 with --label_values, background first"
         ]
     return [

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -17,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from jaxseg.data.builder import CaseBuilder, open_split
 from jaxseg.data.cases import Case, Dataset
+from jaxseg.data.fingerprint import sha256_of
 from jaxseg.data.preprocess import Plan
 from jaxseg.problem import Problem
 from jaxseg.run import writers
@@ -132,7 +132,7 @@ def _contents(folder):
             contents[os.path.relpath(path, folder)] = [
                 status.st_size,
                 status.st_mtime_ns,
-                _sha256(path),
+                sha256_of(path).hex(),
             ]
     return contents
 
@@ -142,12 +142,7 @@ def _is_as_written(path, entry):
     status = os.stat(path)
     if status.st_size != size:
         return False
-    return status.st_mtime_ns == time or _sha256(path) == digest
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return status.st_mtime_ns == time or sha256_of(path).hex() == digest
 
 
 @contextlib.contextmanager

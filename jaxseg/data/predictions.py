@@ -86,7 +86,7 @@ def find_images(
     else:
         raise FolderProblem(f"{root}: no such file or folder; correct --input")
     groups = _channel_groups(paths, num_channels)
-    cases = [_case_of(stem, files, root, folder, outputs) for stem, files in groups.items()]
+    cases = [_case_of(stem, files, root, folder, outputs) for stem, files in groups]
     cases.sort(key=lambda case: (case.case_id, case.path))
     _refuse_clashes(cases)
     return cases
@@ -220,7 +220,7 @@ def _images_below(root, folder, recursive):
 
 
 def _channel_groups(paths, num_channels):
-    """The files of each image by its stem."""
+    """(stem, files) of each image."""
     stems = {path: registry.stem_of(path) for path in paths}
     groups: dict[str, dict[int, Path]] = {}
     for path, stem in stems.items():
@@ -230,15 +230,14 @@ def _channel_groups(paths, num_channels):
         groups.setdefault(match[1], {})[int(match[2])] = path
     else:
         if all(sorted(group) == list(range(num_channels)) for group in groups.values()):
-            return {
-                stem: [group[number] for number in range(num_channels)]
+            return [
+                (stem, [group[number] for number in range(num_channels)])
                 for stem, group in groups.items()
-            }
-    return {f"{path}": [path] for path in paths}
+            ]
+    return [(stem, [path]) for path, stem in stems.items()]
 
 
 def _case_of(stem, paths, root, folder, outputs):
-    stem = registry.stem_of(stem) if stem == str(paths[0]) else stem
     case_id = Path(stem).relative_to(root).as_posix()
     label_suffix, map_suffix = registry.output_suffixes(paths[0])
     files = {name: f"{case_id}_" + re.sub(r"\W+", "_", name) + map_suffix for name in outputs}

@@ -40,6 +40,8 @@ _MOST_VOXELS = 32
 # What is on a limit stays on it when a rotated affine gives a spacing of 0.99999997 mm.
 _ROUNDING = 1e-5
 _TRUNCATE = 3.0  # a Gaussian reaches this many sigma
+# How far a step reaches, per size that it has.
+_REACH = {"radius_mm": 1.0, "sigma_mm": _TRUNCATE}
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 _BLOCK = 64  # voxels along each axis that are blurred or measured at once
 
@@ -63,7 +65,7 @@ def apply_steps(
     spacing_mm = np.asarray(spacing_mm, np.float64)
     for step in steps:
         fields = {name: value for name, value in step.items() if name != "name"}
-        _STEPS[step["name"]](label, spacing_mm, **fields)
+        _STEPS[step["name"]](label, spacing_mm, **fields | _bounded(step, spacing_mm))
     return label
 
 
@@ -89,13 +91,21 @@ def shortened(
     steps: Iterable[Mapping[str, Any]], spacing_mm: Sequence[float] | np.ndarray
 ) -> list[str]:
     """What `apply_steps` does with less reach than a step says, since voxels are so small."""
-    most = _MOST_VOXELS * float(np.min(spacing_mm))
     return [
-        f"{step['name']} reaches {most:.4g} mm in place of {size:.4g}, {_MOST_VOXELS} voxels"
+        f"{step['name']} reaches {_REACH[name] * size:.4g} mm in place of "
+        f"{_REACH[name] * step[name]:.4g}, {_MOST_VOXELS} voxels"
         for step in steps
-        for size in [step.get("radius_mm", _TRUNCATE * step.get("sigma_mm", 0))]
-        if size > most
+        for name, size in _bounded(step, spacing_mm).items()
+        if size < step[name]
     ]
+
+
+def _bounded(step, spacing_mm):
+    """The sizes of a step that say how far it reaches, none beyond the most voxels."""
+    most_mm = _MOST_VOXELS * float(np.min(spacing_mm))
+    return {
+        name: min(step[name], most_mm / reach) for name, reach in _REACH.items() if name in step
+    }
 
 
 def candidate_steps(num_classes: int, finest_mm: float = 1.0) -> list[dict[str, Any]]:
@@ -235,7 +245,6 @@ def _fill_holes(label, spacing_mm, classes):
 
 
 def _open(label, spacing_mm, classes, radius_mm):
-    radius_mm = min(radius_mm, _MOST_VOXELS * spacing_mm.min())
     for (index,), box in _boxes(label, classes, margin=1):
         part = label[box]
         mask = part == index
@@ -244,7 +253,6 @@ def _open(label, spacing_mm, classes, radius_mm):
 
 
 def _close(label, spacing_mm, classes, radius_mm):
-    radius_mm = min(radius_mm, _MOST_VOXELS * spacing_mm.min())
     for (index,), box in _boxes(label, classes):
         part = label[box]
         mask, inner = _pad(part == index, label.shape, _reach(radius_mm, spacing_mm))
@@ -253,7 +261,6 @@ def _close(label, spacing_mm, classes, radius_mm):
 
 
 def _smooth(label, spacing_mm, classes, sigma_mm):
-    sigma_mm = min(sigma_mm, _MOST_VOXELS * spacing_mm.min() / _TRUNCATE)
     sigma = sigma_mm / spacing_mm
 
     def blur(mask):

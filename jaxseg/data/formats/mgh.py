@@ -21,14 +21,13 @@ def read_header(path: str | Path, spacing_from: str) -> Header:
       FileProblem: The file is missing, damaged or of another kind.
     """
     with _opened_image(path) as image:
-        shape = image.shape[:3] if image.shape[3:] == (1,) else image.shape
-        return Header(shape, image.get_data_dtype(), np.asarray(image.affine, np.float64))
+        return _header_of(image)
 
 
 def read(path: str | Path, dtype: Any, spacing_from: str) -> Volume:
     """The values, frames last, of `dtype` or the file's own; raises as `read_header`."""
-    header = read_header(path, spacing_from)
     with _opened_image(path) as image:
+        header = _header_of(image)
         values = np.asarray(image.dataobj).reshape(header.shape)
         return Volume(values if dtype is None else values.astype(dtype), header.affine)
 
@@ -54,6 +53,11 @@ def write(
         image = MGHImage(values, None, header)
     with replaced(path) as file:
         image.to_stream(file)
+
+
+def _header_of(image):
+    shape = image.shape[:3] if image.shape[3:] == (1,) else image.shape
+    return Header(shape, image.get_data_dtype(), np.asarray(image.affine, np.float64))
 
 
 @contextlib.contextmanager

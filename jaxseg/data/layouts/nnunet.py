@@ -169,13 +169,17 @@ def _folder_cases(root, suffix, ending, num_channels, problems, notes):
                 f"names {num_channels}; copy those that are missing, or correct dataset.json"
             )
         label = labels / f"{case_id}{ending}"
-        if not label.is_file() and suffix == "Tr":
+        is_labelled = suffix == "Tr" or label.is_file()
+        if is_labelled and not label.is_file():
             problems.append(f"{label}: the label of case {case_id} is missing; copy it there")
-        elif not label.is_file():
-            cases.append(Case(case_id, tuple(channels[n] for n in sorted(channels))))
-            continue
-        files = tuple(channels[number] for number in sorted(channels))
-        cases.append(Case(case_id, files, str(label), set_name="test" if suffix == "Ts" else ""))
+        cases.append(
+            Case(
+                case_id,
+                tuple(channels[number] for number in sorted(channels)),
+                str(label) if is_labelled else None,
+                set_name="test" if suffix == "Ts" and is_labelled else "",
+            )
+        )
     known = {f"{case_id}{ending}" for case_id in by_case}
     alone = [
         file

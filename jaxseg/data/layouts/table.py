@@ -9,10 +9,10 @@ from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_pro
 from jaxseg.data.label_values import class_problems
 from jaxseg.data.layouts import listing
 from jaxseg.data.layouts.wanted import Wanted
+from jaxseg.data.splits import SETS, UNUSED
 
 LAYOUT = "a table of cases"
 NAME = "cases.csv"
-SETS = ("train", "val", "test", "unused")
 
 _COLUMN = re.compile(r"case|image(_.+)?|label|subject|set|fold")
 
@@ -106,8 +106,9 @@ def _case(path, number, row, images, problems):
         if not os.path.isfile(file)
     ]
     set_name, fold = cells.get("set", "").lower(), cells.get("fold", "")
-    if set_name and set_name not in SETS:
-        problems.append(f"{where}: its set is {set_name!r}; write one of {', '.join(SETS)}")
+    if set_name and set_name not in (*SETS, UNUSED):
+        sets = ", ".join((*SETS, UNUSED))
+        problems.append(f"{where}: its set is {set_name!r}; write one of {sets}")
     if fold and not fold.isdigit():
         problems.append(f"{where}: its fold is {fold!r}; write 0, 1, 2 ...")
     return Case(
