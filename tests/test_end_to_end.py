@@ -70,6 +70,106 @@ def test_volumes_in_trained_network_and_scores_out(run_main, tmp_path, make_msd_
             assert np.asarray(image).std() > 0
 
 
+SHORT = (
+    "--config.train.num_steps=40",
+    "--config.train.eval_every=40",
+    "--config.train.log_every=40",
+)
+
+
+def mark_as_unfinished(label_path, value):
+    """Overwrites a fifth of a label with a value that stands for "nobody looked here"."""
+    image = nib.load(label_path)
+    label = np.asarray(image.dataobj).copy()
+    label[:4] = value
+    nib.save(nib.Nifti1Image(label, image.affine), label_path)
+
+
+def dice_where_it_counts(prediction_path, label_path, value):
+    prediction, label = (np.asarray(nib.load(p).dataobj) for p in (prediction_path, label_path))
+    counts = label != value
+    found, true = (prediction == 1) & counts, (label == 1) & counts
+    return 2 * np.sum(found & true) / (np.sum(found) + np.sum(true))
+
+
+def test_a_table_with_subjects_sets_unlabelled_cases_and_ignored_voxels(
+    run_main, tmp_path, make_msd_folder
+):
+    data = make_msd_folder(num_cases=7)
+    lines = ["case,image_t1,label,subject,set"]
+    for index, set_name in enumerate(("train", "train", "train", "val", "test", "test", "")):
+        label = f"labelsTr/case_{index:02d}.nii.gz" if set_name else ""
+        subject = "last" if set_name == "test" else f"s{index}"
+        lines.append(f"scan{index},imagesTr/case_{index:02d}.nii.gz,{label},{subject},{set_name}")
+        if label:
+            mark_as_unfinished(data / label, 9)
+    (data / "cases.csv").write_text("\n".join(lines) + "\n")
+    (data / "dataset.json").unlink()
+    done = run_main(
+        f"--config.data.dir={data}",
+        '--config.data.class_names=("background", "outer", "inner")',
+        "--config.data.label_values=(0, 1, 2)",
+        "--config.data.ignore_values=(9,)",
+        *TINY,
+        *SHORT,
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    split = json.loads((run / "split.json").read_text())
+    assert split["val"] == ["scan3"] and split["test"] == ["scan4", "scan5"]
+    assert "a table of cases" in (run / "train.log").read_text()
+    assert [path.name for path in (run / "predicted").iterdir()] == ["scan6.nii.gz"]
+    evaluation = json.loads((run / "test.json").read_text())
+    for index in (4, 5):
+        written = run / "test" / f"scan{index}.nii.gz"
+        expected = dice_where_it_counts(written, data / f"labelsTr/case_{index:02d}.nii.gz", 9)
+        assert evaluation["cases"][f"scan{index}"]["dice"][1] == pytest.approx(expected)
+
+
+def test_a_folder_of_nnunet_with_its_splits_its_ignore_label_and_its_test_set(
+    run_main, tmp_path, make_msd_folder
+):
+    source, data = make_msd_folder(num_cases=8), tmp_path / "Dataset001_boxes"
+    for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        (data / folder).mkdir(parents=True)
+    for index in range(8):
+        name, end = f"case_{index:02d}", "Tr" if index < 5 else "Ts"
+        image = source / "imagesTr" / f"{name}.nii.gz"
+        image.rename(data / f"images{end}" / f"{name}_0000.nii.gz")
+        if index < 7:
+            label = data / f"labels{end}" / f"{name}.nii.gz"
+            (source / "labelsTr" / f"{name}.nii.gz").rename(label)
+            mark_as_unfinished(label, 3)
+    description = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "outer": 1, "inner": 2, "ignore": 3},
+        "numTraining": 5,
+        "file_ending": ".nii.gz",
+    }
+    (data / "dataset.json").write_text(json.dumps(description))
+    ids = [f"case_{index:02d}" for index in range(5)]
+    folds = [{"train": ids[1:], "val": ids[:1]}, {"train": ids[:3], "val": ids[3:]}]
+    (data / "splits_final.json").write_text(json.dumps(folds))
+    done = run_main(
+        f"--config.data.dir={data}",
+        "--config.data.test_folder=True",
+        "--config.split.fold=1",
+        *TINY,
+        *SHORT,
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    split = json.loads((run / "split.json").read_text())
+    assert split == {"train": ids[:3], "val": ids[3:], "test": ["case_05", "case_06"]}
+    assert [path.name for path in (run / "predicted").iterdir()] == ["case_07.nii.gz"]
+    evaluation = json.loads((run / "test.json").read_text())
+    assert [name for name in evaluation["cases"]] == split["test"]
+    for name in split["test"]:
+        written = run / "test" / f"{name}.nii.gz"
+        expected = dice_where_it_counts(written, data / "labelsTs" / f"{name}.nii.gz", 3)
+        assert evaluation["cases"][name]["dice"][1] == pytest.approx(expected)
+
+
 def make_pictures(tmp_path):
     """Six RGB pictures of a bright box in noise, and their masks."""
     data = tmp_path / "pictures"

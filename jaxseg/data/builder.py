@@ -48,6 +48,8 @@ class CaseStore:
 
     Args:
       parts: dict from the folder of a part to the ids of its cases, in order.
+    Raises:
+      OSError: On reading, a part is damaged since it was found whole; the message names it.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[str]]):
@@ -80,7 +82,13 @@ class CaseStore:
 
     def _read(self, key):
         folder, split, index = key
-        return self._source(folder, split)[index]
+        try:
+            return self._source(folder, split)[index]
+        except Exception as error:  # TFDS lets through whatever a damaged file leads to
+            raise OSError(
+                f"{folder}: a prepared case can not be read ({type(error).__name__}); delete that "
+                "folder and run the same command again, it is made from the scans"
+            ) from error
 
 
 class CaseBuilder(tfds.core.GeneratorBasedBuilder):

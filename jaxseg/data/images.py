@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxseg import geometry
+from jaxseg.data import memory
 from jaxseg.data.formats import registry
 from jaxseg.data.formats.files import COPY_AGAIN
 from jaxseg.data.formats.pictures import load_picture, opaque_pixels, size_of, write_tiff
@@ -80,6 +81,12 @@ def describe_image(path: str | Path, spacing_from: str = "pixdim") -> Header:
         height, width, channels = size_of(path)
         return Header((height, width, 1, channels), np.dtype(np.uint8), np.eye(4))
     return found.read_header(path, spacing_from)
+
+
+def bytes_to_read(paths: Paths, spacing_from: str = "pixdim") -> int:
+    """Memory that an image or label takes while it is read, by its headers; raises alike."""
+    shapes = [describe_image(path, spacing_from).shape for path in files_of(paths)]
+    return max(memory.bytes_to_prepare(shape, (0,), len(shapes)) for shape in shapes)
 
 
 def grid_remarks(

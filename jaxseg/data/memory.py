@@ -40,6 +40,19 @@ def how_often(num_bytes: float) -> int:
     return int(min(available_bytes() / max(num_bytes, 1), 1000))
 
 
+def grid_too_large(
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    new_shape: Sequence[int],
+    num_channels: int,
+) -> str:
+    """What is wrong with a scan becoming one on another grid, "" where memory holds both."""
+    wrong = too_large(bytes_to_prepare(shape, new_shape, num_channels))
+    spacing = " x ".join(f"{mm:.4g}" for mm in spacing_mm)
+    became = f"{list(shape)} voxels of {spacing} mm become {list(new_shape)}"
+    return f"{became}, which {wrong}" if wrong else ""
+
+
 def too_large(num_bytes: float) -> str:
     """What is wrong with needing so many bytes, "" if they are there."""
     there = available_bytes()

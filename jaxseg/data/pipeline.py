@@ -48,15 +48,23 @@ def train_batches(
     Returns:
       Iterator of dicts of numpy arrays: image [b, *P, C] float32, label [b, *P] int32 and valid
       [b, *P] float32: the weight of a voxel, 0 outside the scan.
+    Raises:
+      OSError: On iteration, a case of the store can not be read.
     """
     local_size = batch_size // process_count
     region = region_size(patch_size, augment_params)
     case_ids = sorted(case_ids)
 
+    failures: list[Exception] = []
+
     def fetch(example, case_index):
         rng = np.random.Generator(np.random.Philox(key=[seed, example]))
-        case = store[case_ids[case_index]]
-        return sample_region(case, rng, region, patch_size, foreground_fraction, margin=margin)
+        try:
+            case = store[case_ids[case_index]]
+            return sample_region(case, rng, region, patch_size, foreground_fraction, margin=margin)
+        except Exception as error:
+            failures.append(error)
+            raise
 
     @tf.autograph.experimental.do_not_convert  # there is nothing to convert, and it takes a second
     def load(position):
@@ -78,12 +86,23 @@ def train_batches(
         return {"image": image, "label": label, "valid": valid}
 
     positions = tf.data.Dataset.range(start_step * local_size, num_steps * local_size)
-    return (
+    batches = (
         positions.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .batch(local_size, drop_remainder=True)
         .prefetch(tf.data.AUTOTUNE)
         .as_numpy_iterator()
     )
+    return _raising(batches, failures)
+
+
+def _raising(batches, failures):
+    """The batches; where a Python function of theirs failed, its error instead of TensorFlow's."""
+    try:
+        yield from batches
+    except tf.errors.OpError as error:
+        if not failures:
+            raise
+        raise failures[0] from error
 
 
 def sample_region(

@@ -116,16 +116,12 @@ def _check_memory(dataset, survey, plan):
     for case in dataset.cases:
         facts = survey[case.case_id]
         shape = preprocess.target_shape(facts.shape, facts.spacing_mm, plan)
-        needed = memory.bytes_to_prepare(facts.shape, shape, len(plan.normalisation))
-        most = max(most, needed)
-        if wrong := memory.too_large(needed):
-            spacing, target = (
-                " x ".join(f"{mm:.4g}" for mm in s) for s in (facts.spacing_mm, plan.spacing_mm)
-            )
+        num_channels = len(plan.normalisation)
+        most = max(most, memory.bytes_to_prepare(facts.shape, shape, num_channels))
+        if wrong := memory.grid_too_large(facts.shape, facts.spacing_mm, shape, num_channels):
             problems.append(
-                f"{case.image_path}: {list(facts.shape)} voxels of {spacing} mm become "
-                f"{list(shape)} of {target} mm, which {wrong}; correct its spacing, leave it out "
-                "with --config.data.exclude, or set a coarser --config.preprocess.spacing_mm"
+                f"{case.image_path}: {wrong}; correct its spacing, leave it out with "
+                "--config.data.exclude, or set a coarser --config.preprocess.spacing_mm"
             )
     if problems:
         raise DatasetProblems(problems)

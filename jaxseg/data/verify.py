@@ -174,27 +174,20 @@ def _try(problems: list[Any], function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _image_of(dataset, case):
-    headers = [images.describe_image(path, dataset.spacing_from) for path in case.image_paths]
-    voxels = max(memory.bytes_to_prepare(h.shape, (0,), len(headers)) for h in headers)
-    return _within_memory(
-        case.image_path, voxels, images.decode_image, case.image_paths, dataset.spacing_from
-    )
+    return _within_memory(images.decode_image, case.image_paths, dataset.spacing_from)
 
 
 def _label_of(dataset, case):
-    header = images.describe_image(case.label_path, dataset.spacing_from)
-    num_bytes = memory.bytes_to_prepare(header.shape, (0,), 1)
-    return _within_memory(
-        case.label_path, num_bytes, labels.decode_label, case.label_path, dataset.spacing_from
-    )
+    return _within_memory(labels.decode_label, case.label_path, dataset.spacing_from)
 
 
-def _within_memory(path, num_bytes, function, *args):
+def _within_memory(read, paths, spacing_from):
+    path = images.files_of(paths)[0]
     mend = "cut it into parts, leave it out with --config.data.exclude, or use a larger machine"
-    if wrong := memory.too_large(num_bytes):
+    if wrong := memory.too_large(images.bytes_to_read(paths, spacing_from)):
         raise file_problem(path, wrong, mend)
     try:
-        return function(*args)
+        return read(paths, spacing_from)
     except MemoryError as error:
         wrong = f"takes more memory than there is ({error})"
         raise file_problem(path, wrong, mend) from error

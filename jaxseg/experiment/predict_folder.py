@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jaxseg import geometry
 from jaxseg.data import memory
 from jaxseg.data.formats.registry import is_volume
-from jaxseg.data.images import describe_image, read_volume, write_map
+from jaxseg.data.images import bytes_to_read, read_volume, write_map
 from jaxseg.data.labels import write_label
 from jaxseg.data.predictions import ImageCase, Records, find_images, left_out, state_of
 from jaxseg.experiment.predictor import check_image, load_predictor, segment
@@ -159,10 +159,8 @@ def _read(case, spacing_from):
 
 def _check_memory(case, spacing_from):
     """Refuses an image that takes more memory than there is, before it is asked for."""
-    for path in case.paths:
-        shape = describe_image(path, spacing_from).shape
-        if wrong := memory.too_large(memory.bytes_to_prepare(shape, (0,), len(case.paths))):
-            raise file_problem(path, wrong, "cut it into parts, or use a larger machine")
+    if wrong := memory.too_large(bytes_to_read(case.paths, spacing_from)):
+        raise file_problem(case.path, wrong, "cut it into parts, or use a larger machine")
 
 
 def _compute(job, predictor):
@@ -184,9 +182,7 @@ def _check_grid(job, predictor):
     image, affine = geometry.to_canonical(job.image, job.affine)
     shape, spacing_mm = image.shape, geometry.spacing_mm_from_affine(affine)
     grid = geometry.resampled_shape(shape[:3], spacing_mm, predictor.recipe.spacing_mm)
-    if wrong := memory.too_large(memory.bytes_to_prepare(shape, grid, shape[-1])):
-        text = " x ".join(f"{mm:.4g}" for mm in spacing_mm)
-        wrong = f"{list(shape[:3])} voxels of {text} mm become {list(grid)}, which {wrong}"
+    if wrong := memory.grid_too_large(shape[:3], spacing_mm, grid, shape[-1]):
         raise file_problem(job.case.path, wrong, "correct its spacing, or cut it into parts")
 
 

@@ -2,13 +2,15 @@
 
 import functools
 import itertools
+import shutil
 
 import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.data import images, labels
+from jaxseg.data import images, labels, prepared, surveyed
+from jaxseg.data.cases import Dataset
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import find
 from jaxseg.data.layouts.wanted import Wanted
@@ -44,9 +46,9 @@ def files(tmp_path, finished_run, monkeypatch):
         images.read_image(path)
         labels.read_label(path, LabelCoding((0, 1, 2)))
 
-    # What takes long, and is not damaged here.
-    load_once = functools.cache(checkpoint.load_variables)
-    monkeypatch.setattr(checkpoint, "load_variables", load_once)
+    # What takes long, and is damaged apart.
+    load_variables = checkpoint.load_variables
+    monkeypatch.setattr(checkpoint, "load_variables", functools.cache(load_variables))
     found = {}
     for name in ("a.nii", "a.nii.gz"):
         nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / name)
@@ -76,10 +78,45 @@ def files(tmp_path, finished_run, monkeypatch):
             (tmp_path / "run" / path.name).write_bytes(path.read_bytes())
     for name in ("config.json", "plan.json", "data.json", "predictor.json"):
         found[tmp_path / "run" / name] = lambda path: load_predictor([str(path.parent)])
-    exported = tmp_path / "predictor.jaxseg"
-    exported.write_bytes(b"jaxseg\n" + bytes(range(256)) * 20)
-    found[exported] = lambda path: portable.load_exported(path)
+    (step,) = (run / "checkpoints").glob("[0-9]*")
+    checkpoints = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    for path in (checkpoints / step.name).rglob("*"):
+        if path.is_file():
+            found[path] = lambda path: load_variables(str(checkpoints), int(step.name))
+    portable.export([str(run)], str(data / "imagesTr" / "case_00.nii.gz"), str(tmp_path / "served"))
+    found[tmp_path / "served" / "predictor.jaxseg"] = portable.load_exported
+    found |= cached(data, tmp_path / "cache")
     return found
+
+
+def cached(data, folder):
+    """Files of prepared cases, with a function that finds whether what is read of them is right."""
+    everyone = find.find_dataset(data, Wanted())
+    dataset = Dataset(**(vars(everyone) | {"cases": everyone.cases[:1]}))
+
+    def read():
+        survey, fingerprint, _ = surveyed.survey_once(dataset, cache_dir=str(folder))
+        store, plan = prepared.prepare(
+            dataset,
+            ["case_00"],
+            survey=survey,
+            fingerprint=fingerprint,
+            cache_dir=str(folder),
+            spacing_mm=(),
+            normalisation="auto",
+            image_order=1,
+            label_order=1,
+        )
+        return store["case_00"].image[:, :, :], plan
+
+    image, plan = read()
+
+    def check(path):
+        again, plan_again = read()
+        np.testing.assert_array_equal(again, image)
+        assert plan_again == plan
+
+    return {path: check for path in folder.rglob("*") if path.is_file() and path.stat().st_size}
 
 
 @pytest.mark.filterwarnings("ignore")

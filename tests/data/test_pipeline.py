@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -448,6 +449,15 @@ def test_a_region_of_blocks_on_disk_is_that_of_arrays_in_memory(stores, patch_si
         for a, b in zip(on_disk, in_memory, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_block_that_can_not_be_read_ends_in_the_name_of_its_part(stores, tmp_path):
+    for path in tmp_path.rglob("*blocks*array_record*"):
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(OSError, match=r"part-000-of-001: a prepared case can not be read .*delete"):
+        batches(stores[0], case_ids=list(stores[1]))
 
 
 def test_batches_of_blocks_on_disk_are_those_of_arrays_in_memory(stores):

@@ -5,10 +5,10 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxseg.problem import file_problem
+from jaxseg.problem import FileProblem, file_problem
 from jaxseg.run.writers import replacing
 
 COPY_AGAIN = "copy it again from the source"
@@ -36,6 +36,28 @@ def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
         raise file_problem(path, f"damaged gzip file ({error})", COPY_AGAIN) from error
     except OSError as error:
         raise file_problem(path, f"cannot be read ({error.strerror})", "check the disk") from error
+
+
+@contextlib.contextmanager
+def naming_damage(
+    path: str | Path, kind: str, *passed: type[Exception], said: Callable[[Exception], str] = str
+) -> Iterator[None]:
+    """Words whatever a library that decodes a file trips over: a damaged file leads to anything.
+
+    Args:
+      path, kind: of the file.
+      *passed: what others word.
+      said: function from an error to its text.
+    Raises:
+      FileProblem: The file can not be decoded.
+    """
+    try:
+        yield
+    except (FileProblem, MemoryError, *passed):
+        raise
+    except Exception as error:
+        wrong = f"not a readable {kind} file ({said(error)})"
+        raise file_problem(path, wrong, COPY_AGAIN) from error
 
 
 @contextlib.contextmanager

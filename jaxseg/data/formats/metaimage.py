@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxseg.data.formats.extra import needing_extra
-from jaxseg.data.formats.files import COPY_AGAIN, opened
+from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
 from jaxseg.data.formats.volume import Header, Volume
-from jaxseg.problem import FileProblem, file_problem
+from jaxseg.problem import file_problem
 from jaxseg.run.writers import naming, replacing
 
 _TO_RAS = np.array([-1.0, -1.0, 1.0])  # ITK's world has its axes to the left and to the back
@@ -23,30 +23,14 @@ def read_header(path: str | Path, spacing_from: str) -> Header:
     Raises:
       FileProblem: The file is missing, damaged, of another kind, or SimpleITK is not installed.
     """
-    with _reading(path) as sitk:
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(os.fspath(path))
-        reader.SetImageIO("MetaImageIO")
-        reader.ReadImageInformation()
-        shape = reader.GetSize()
-        if len(shape) not in (2, 3):
-            wrong = f"{len(shape)} axes, shape {list(shape)}"
-            raise file_problem(path, wrong, "save it with three axes and channels as components")
-        channels = reader.GetNumberOfComponents()
-        plain = sitk.GetArrayFromImage(sitk.Image([1] * len(shape), reader.GetPixelID())).dtype
-        return Header(
-            (*shape, 1)[:3] + ((channels,) if channels > 1 else ()),
-            plain,
-            _affine(reader.GetDirection(), reader.GetSpacing(), reader.GetOrigin()),
-        )
+    with _reading(path) as (_, header):
+        return header
 
 
 def read(path: str | Path, dtype: Any, spacing_from: str) -> Volume:
     """The values, channels last, of `dtype` or the file's own; raises as `read_header`."""
-    header = read_header(path, spacing_from)
-    with _reading(path) as sitk:
-        image = sitk.ReadImage(os.fspath(path), imageIO="MetaImageIO")
-        values = sitk.GetArrayFromImage(image)
+    with _reading(path) as (values_of, header):
+        values = values_of()
         has_channels = len(header.shape) > 3
         spatial = values.ndim - has_channels
         values = values.transpose(*reversed(range(spatial)), *range(spatial, values.ndim))
@@ -91,19 +75,30 @@ def write(
 
 
 @contextlib.contextmanager
-def _reading(path: str | Path) -> Iterator[Any]:
+def _reading(path: str | Path) -> Iterator[tuple[Callable[[], np.ndarray], Header]]:
+    """Yields a function that reads the values, as ITK orders them, and the Header."""
     with needing_extra(path):
         import SimpleITK as sitk
     with opened(path) as stream:
         if not stream.read(1):
             raise file_problem(path, "the file is empty", COPY_AGAIN)
-    try:
-        yield sitk
-    except FileProblem:
-        raise
-    except RuntimeError as error:
-        wrong = f"not a readable MetaImage file ({_last_line(error)})"
-        raise file_problem(path, wrong, COPY_AGAIN) from error
+    with naming_damage(path, "MetaImage", said=_last_line):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(os.fspath(path))
+        reader.SetImageIO("MetaImageIO")
+        reader.ReadImageInformation()
+        shape = reader.GetSize()
+        if len(shape) not in (2, 3):
+            wrong = f"{len(shape)} axes, shape {list(shape)}"
+            raise file_problem(path, wrong, "save it with three axes and channels as components")
+        channels = reader.GetNumberOfComponents()
+        plain = sitk.GetArrayFromImage(sitk.Image([1] * len(shape), reader.GetPixelID())).dtype
+        header = Header(
+            (*shape, 1)[:3] + ((channels,) if channels > 1 else ()),
+            plain,
+            _affine(reader.GetDirection(), reader.GetSpacing(), reader.GetOrigin()),
+        )
+        yield lambda: sitk.GetArrayFromImage(reader.Execute()), header
 
 
 def _affine(direction, spacing, origin):
@@ -117,4 +112,5 @@ def _affine(direction, spacing, origin):
 
 def _last_line(error):
     """What ITK says, without the addresses in its memory."""
-    return str(error).strip().splitlines()[-1].rpartition(": ")[2]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].rpartition(": ")[2]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from nibabel.freesurfer.mghformat import MGHImage
 
-from jaxseg.data.formats.files import COPY_AGAIN, opened, replaced
+from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened, replaced
 from jaxseg.data.formats.volume import Header, Volume
-from jaxseg.problem import FileProblem, file_problem
+from jaxseg.problem import file_problem
 
 
 def read_header(path: str | Path, spacing_from: str) -> Header:
@@ -66,11 +66,6 @@ def _opened_image(path: str | Path) -> Iterator[Any]:
         if not stream.read(1):
             raise file_problem(path, "the file is empty", COPY_AGAIN)
         stream.seek(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", RuntimeWarning)
-                yield MGHImage.from_stream(stream)
-        except (FileProblem, OSError, EOFError, MemoryError):
-            raise
-        except Exception as error:  # nibabel lets through whatever a damaged file leads to
-            raise file_problem(path, f"not a readable MGH file ({error})", COPY_AGAIN) from error
+        with naming_damage(path, "MGH", OSError, EOFError), warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            yield MGHImage.from_stream(stream)

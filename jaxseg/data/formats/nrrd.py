@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxseg.data.formats.extra import needing_extra
-from jaxseg.data.formats.files import COPY_AGAIN, opened
+from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
 from jaxseg.data.formats.volume import Header, Remark, Volume
-from jaxseg.problem import FileProblem, file_problem
+from jaxseg.problem import file_problem
 from jaxseg.run.writers import naming, replacing
 
 # From the directions of a space to RAS+.
@@ -110,14 +110,11 @@ def _reading(path: str | Path) -> Iterator[Any]:
         if stream.read(4) != b"NRRD":
             raise file_problem(path, "not an NRRD file, it does not start with NRRD", COPY_AGAIN)
     try:
-        yield nrrd
-    except (FileProblem, MemoryError):
-        raise
+        with naming_damage(path, "NRRD", FileNotFoundError):
+            yield nrrd
     except FileNotFoundError as error:  # what a detached header names
         wrong = f"its data file {error.filename} is missing"
         raise file_problem(path, wrong, "copy both from the source") from error
-    except Exception as error:  # pynrrd lets through whatever a damaged file leads to
-        raise file_problem(path, f"not a readable NRRD file ({error})", COPY_AGAIN) from error
 
 
 def _spatial_axes(fields):

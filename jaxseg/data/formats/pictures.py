@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jaxseg.data.formats.extra import needing_extra
-from jaxseg.data.formats.files import COPY_AGAIN, opened
-from jaxseg.problem import FileProblem, file_problem
+from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
+from jaxseg.problem import file_problem
 from jaxseg.run.writers import naming, replacing
 
 _PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
@@ -52,14 +52,10 @@ def opened_picture(path: str | Path) -> Iterator[Image.Image]:
     if not content:
         raise file_problem(path, "the file is empty", COPY_AGAIN)
     try:
-        yield Image.open(io.BytesIO(content), formats=_PICTURE_FORMATS)
+        with naming_damage(path, ", ".join(_PICTURE_FORMATS), Image.DecompressionBombError):
+            yield Image.open(io.BytesIO(content), formats=_PICTURE_FORMATS)
     except Image.DecompressionBombError as error:
         raise file_problem(path, f"too large ({error})", "cut it into tiles") from error
-    except (FileProblem, MemoryError):
-        raise
-    except Exception as error:  # Pillow lets through whatever a damaged file leads to
-        kinds = ", ".join(_PICTURE_FORMATS)
-        raise file_problem(path, f"not a readable {kinds} file ({error})", COPY_AGAIN) from error
 
 
 def size_of(path: str | Path) -> tuple[int, int, int]:

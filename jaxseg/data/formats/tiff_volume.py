@@ -36,18 +36,14 @@ def read_header(path: str | Path, spacing_from: str) -> Header:
       FileProblem: One of the two is missing, damaged or of another kind.
     """
     with pictures.opened_picture(path) as picture:
-        shape = (*picture.size, getattr(picture, "n_frames", 1))
-        mode = picture.mode
-    if mode not in pictures.GREY_DTYPES:
-        raise file_problem(path, f"pages of colour mode {mode}", "save it with grey pages")
-    return Header(shape, np.dtype(pictures.GREY_DTYPES[mode]), np.diag([*_spacing_mm(path), 1.0]))
+        return _header_of(path, picture)
 
 
 def read(path: str | Path, dtype: Any, spacing_from: str) -> Volume:
     """The values [X, Y, Z] of `dtype` or the file's own; raises as `read_header`."""
-    header = read_header(path, spacing_from)
-    values = np.empty(header.shape, dtype or header.dtype)
     with pictures.opened_picture(path) as picture:
+        header = _header_of(path, picture)
+        values = np.empty(header.shape, dtype or header.dtype)
         for z in range(header.shape[2]):
             picture.seek(z)
             page = np.asarray(picture)
@@ -74,6 +70,16 @@ def write(
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()
     text = json.dumps({"spacing": spacing}) if source is None else source.read_text("utf-8")
     write_text(Path(path).with_suffix(".json"), text)
+
+
+def _header_of(path, picture):
+    if picture.mode not in pictures.GREY_DTYPES:
+        raise file_problem(path, f"pages of colour mode {picture.mode}", "save it with grey pages")
+    return Header(
+        (*picture.size, getattr(picture, "n_frames", 1)),
+        np.dtype(pictures.GREY_DTYPES[picture.mode]),
+        np.diag([*_spacing_mm(path), 1.0]),
+    )
 
 
 def _spacing_mm(path):

@@ -1,0 +1,108 @@
+"""How large a patch and how many of them a network is trained on."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxseg.planning.network import count_activations
+from jaxseg.planning.topology import Topology, topology_of
+
+# Voxels of the patch that is begun with, before it is made smaller; by the number of axes.
+FIRST_VOXELS = {2: 2048**2, 3: 256**3}
+# Patches that the reference of a preset is for.
+REFERENCE_BATCH = {2: 12, 3: 2}
+MIN_BATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What may be spent on a network.
+
+    Attributes:
+      residual: whether its encoder is residual.
+      reference: activations of one patch, by the number of axes, with `gib` of memory.
+      gib: memory of the accelerator that the reference is for.
+      most_of_dataset: part of all voxels that one batch may hold.
+      shrink_to_two: whether 2D patches shrink only until two of them fit, not a whole batch.
+    """
+
+    residual: bool
+    reference: dict[int, float]
+    gib: float
+    most_of_dataset: float = 1.0
+    shrink_to_two: bool = False
+
+
+PRESETS = {
+    "nnunet": Preset(False, {2: 85e6, 3: 560e6}, 8, most_of_dataset=0.05, shrink_to_two=True),
+    "resenc_m": Preset(True, {2: 135e6, 3: 680e6}, 8),
+    "resenc_l": Preset(True, {2: 380e6, 3: 2100e6}, 24),
+    "resenc_xl": Preset(True, {2: 560e6, 3: 3600e6}, 40),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Patches of one step: the topology of the network on one, and how many."""
+
+    topology: Topology
+    batch_size: int
+    activations: int
+
+
+def batch_within(
+    preset: Preset,
+    spacing_mm: Sequence[float],
+    median_shape: Sequence[float],
+    *,
+    num_voxels: float,
+    num_labels: int,
+    gib: float | None = None,
+) -> Batch:
+    """The largest patch, and as many of them, as a preset allows.
+
+    Args:
+      preset: of `PRESETS`.
+      spacing_mm: [2 or 3] of the grid.
+      median_shape: voxels of the median case along the same axes.
+      num_voxels: of all training cases.
+      num_labels: background and ignored label included.
+      gib: memory of the accelerator, None for the preset's own.
+    """
+    rank = len(spacing_mm)
+    limit = preset.reference[rank] * (1.0 if gib is None else gib / preset.gib)
+    most = limit * (REFERENCE_BATCH[rank] / 2 if preset.shrink_to_two else 1)
+    topology = topology_of(spacing_mm, _first_patch(spacing_mm, median_shape))
+    while (activations := _activations(topology, num_labels, preset)) > most:
+        smaller = _shrunk(topology, spacing_mm, median_shape)
+        if min(smaller.patch_size) < 1 or smaller.patch_size == topology.patch_size:
+            break
+        topology = smaller
+    fitting = round(limit / activations * REFERENCE_BATCH[rank])
+    covering = round(num_voxels * preset.most_of_dataset / math.prod(topology.patch_size))
+    return Batch(topology, max(MIN_BATCH, min(fitting, covering)), activations)
+
+
+def _activations(topology, num_labels, preset):
+    return count_activations(topology, num_labels, residual=preset.residual)
+
+
+def _first_patch(spacing_mm, median_shape):
+    """A box of `FIRST_VOXELS`, as long in mm along each axis, cut to the median case."""
+    rank = len(spacing_mm)
+    per_mm = 1 / np.asarray(spacing_mm, np.float64)
+    sides = per_mm * (FIRST_VOXELS[rank] / np.prod(per_mm)) ** (1 / rank)
+    return [int(min(round(side), n)) for side, n in zip(sides, median_shape, strict=True)]
+
+
+def _shrunk(topology, spacing_mm, median_shape):
+    """The topology with the axis shortened that shows most of the median case."""
+    patch = list(topology.patch_size)
+    axis = int(np.argmax([n / m for n, m in zip(patch, median_shape, strict=True)]))
+    shorter = [
+        n - (i == axis) * d for i, (n, d) in enumerate(zip(patch, topology.divisors, strict=True))
+    ]
+    patch[axis] -= topology_of(spacing_mm, shorter).divisors[axis]
+    return topology_of(spacing_mm, patch)

@@ -1,0 +1,159 @@
+"""The ways to train on a dataset: slices, volumes at full and at low resolution."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxseg.planning.budget import PRESETS, Batch, Preset, batch_within
+from jaxseg.planning.network import features_of
+from jaxseg.planning.normalisation import masked_normalisation, schemes_of
+from jaxseg.planning.target import Target, target_of
+
+# A patch that shows less of the median case calls for a coarser grid ...
+LOW_RESOLUTION_BELOW = 0.25
+# ... which is made coarser in such steps, axes first that are finer than the coarsest by ...
+COARSER_BY = 1.03
+FINER_BY = 2.0
+# ... and dropped unless it has as many times fewer voxels.
+WORTH_IT = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetFacts:
+    """What plans are made of.
+
+    Attributes:
+      spacings_mm: [N, 3] of the training cases.
+      shapes: [N, 3] voxels of each, cropped to what is not background.
+      channel_names: of the images.
+      num_labels: background and ignored label included.
+      num_training: cases.
+      relative_size: median of the voxels that cropping leaves, as a part of all.
+    """
+
+    spacings_mm: Sequence[Sequence[float]]
+    shapes: Sequence[Sequence[int]]
+    channel_names: Sequence[str]
+    num_labels: int
+    num_training: int
+    relative_size: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One way to train.
+
+    Attributes:
+      axes: which axis of a case [X, Y, Z] comes where.
+      spacing_mm: of the grid, in that order; [2] for slices.
+      median_shape: voxels of the median case on it.
+      patch_size: voxels.
+      batch_size: patches in a step.
+      strides, kernels: of `topology.Topology`.
+      features: channels of each stage.
+      residual: whether the encoder is residual.
+      batch_dice: whether Dice is of the whole batch, not of each patch.
+      normalisation: scheme of each channel.
+      inside_mask: for each channel whether it is normalised by what is not background alone.
+      activations: of one patch, see `network.count_activations`.
+    """
+
+    axes: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    median_shape: tuple[float, ...]
+    patch_size: tuple[int, ...]
+    batch_size: int
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+    features: tuple[int, ...]
+    residual: bool
+    batch_dice: bool
+    normalisation: tuple[str, ...]
+    inside_mask: tuple[bool, ...]
+    activations: int
+
+
+def configurations_of(
+    facts: DatasetFacts, preset_name: str, gib: float | None = None
+) -> dict[str, Configuration]:
+    """The configurations that a preset has for a dataset, by name.
+
+    "2d" always; "3d_fullres" unless cases are one slice; "3d_lowres" where a patch shows little of
+    a case at full resolution.
+
+    Args:
+      facts: of the training cases.
+      preset_name: of `budget.PRESETS`.
+      gib: memory of the accelerator, None for the preset's own.
+    """
+    preset = PRESETS[preset_name]
+    target = target_of(facts.spacings_mm, facts.shapes)
+    size = math.prod(target.median_shape)
+    made: dict[str, Configuration] = {}
+    if target.median_shape[-1] != 1:
+        full = _planned(facts, preset, gib, target, target.spacing_mm, target.median_shape, size)
+        low = _low_resolution(facts, preset, gib, target, full)
+        if low:
+            made["3d_lowres"] = low
+        made["3d_fullres"] = dataclasses.replace(full, batch_dice=bool(low))
+    flat = _planned(
+        facts, preset, gib, target, target.spacing_mm[:2], target.median_shape[:2], size
+    )
+    return made | {"2d": dataclasses.replace(flat, batch_dice=True)}
+
+
+def _planned(facts, preset, gib, target, spacing_mm, median_shape, size):
+    batch = batch_within(
+        preset,
+        spacing_mm,
+        median_shape,
+        num_voxels=size * facts.num_training,
+        num_labels=facts.num_labels,
+        gib=gib,
+    )
+    return _configuration(facts, preset, target, spacing_mm, median_shape, batch)
+
+
+def _configuration(
+    facts: DatasetFacts,
+    preset: Preset,
+    target: Target,
+    spacing_mm: Sequence[float],
+    median_shape: Sequence[float],
+    batch: Batch,
+) -> Configuration:
+    schemes = schemes_of(facts.channel_names)
+    return Configuration(
+        axes=target.axes,
+        spacing_mm=tuple(spacing_mm),
+        median_shape=tuple(median_shape),
+        patch_size=batch.topology.patch_size,
+        batch_size=batch.batch_size,
+        strides=batch.topology.strides,
+        kernels=batch.topology.kernels,
+        features=features_of(batch.topology),
+        residual=preset.residual,
+        batch_dice=False,
+        normalisation=schemes,
+        inside_mask=masked_normalisation(schemes, facts.relative_size),
+        activations=batch.activations,
+    )
+
+
+def _low_resolution(facts, preset, gib, target, full):
+    """On a grid so coarse that a patch shows enough; None if that is not worth it."""
+    spacing = np.array(full.spacing_mm)
+    size, low = math.prod(full.median_shape), None
+    shown = math.prod(full.patch_size)
+    while shown / size < LOW_RESOLUTION_BELOW:
+        finer = spacing.max() / spacing > FINER_BY
+        spacing[finer if finer.any() else slice(None)] *= COARSER_BY
+        shape = np.array(full.spacing_mm) / spacing * np.array(full.median_shape)
+        size = float(np.prod(shape))
+        rounded = tuple(round(n) for n in shape.tolist())
+        low = _planned(facts, preset, gib, target, spacing.tolist(), rounded, size)
+        shown = math.prod(low.patch_size)
+    worth_it = low is not None and math.prod(full.median_shape) / size >= WORTH_IT
+    return low if worth_it else None

@@ -1,0 +1,25 @@
+"""How the intensities of each channel are brought to one scale, by the channel's name."""
+
+from collections.abc import Sequence
+
+SCHEMES = ("ct", "zscore", "rescale_to_0_1", "rgb_to_0_1", "none")
+# Names that stand for a scheme, in any case of letters; any other channel gets its z-score.
+_BY_NAME = {"nonorm": "none"} | {scheme: scheme for scheme in SCHEMES}
+# Images of which less than this is not background are normalised by what is not.
+MOSTLY_BACKGROUND = 0.75
+
+
+def schemes_of(channel_names: Sequence[str]) -> tuple[str, ...]:
+    """The scheme of each channel."""
+    return tuple(_BY_NAME.get(name.casefold(), "zscore") for name in channel_names)
+
+
+def masked_normalisation(schemes: Sequence[str], relative_size: float) -> tuple[bool, ...]:
+    """For each channel whether it is normalised inside the mask of what is not background.
+
+    Args:
+      schemes: of the channels.
+      relative_size: median of the voxels that cropping to the mask leaves, as a part of all.
+    """
+    sparse = relative_size < MOSTLY_BACKGROUND
+    return tuple(sparse and scheme == "zscore" for scheme in schemes)
