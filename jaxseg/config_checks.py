@@ -30,7 +30,7 @@ def validate(config: ConfigDict) -> None:
         *_sign_problems(fields),
         *(problem for name, value in fields.items() for problem in _kind_problems(name, value)),
         *_data_problems(config),
-        *_split_problems(config.split),
+        *_split_problems(config),
         *_training_problems(config),
         *_parallel_problems(config),
         *_ensemble_problems(config),
@@ -141,13 +141,17 @@ def _data_problems(config):
     return problems
 
 
-def _split_problems(split):
-    problems = []
+def _split_problems(config):
+    split, problems = config.split, []
+    if split.fold and not (split.num_folds or split.file or config.data.dir):
+        problems.append(
+            f"split.fold {split.fold} is missing: there are 0 folds, set split.num_folds too"
+        )
     if split.file and (split.num_folds or split.test_regex):
         problems.append("split.file already says who is where: unset num_folds and test_regex")
     if split.num_folds == 1 or split.num_folds < 0:
         problems.append("split.num_folds must be 0 (no cross-validation) or at least 2")
-    elif not split.file and split.fold not in range(max(split.num_folds, 1)):
+    elif split.num_folds and split.fold not in range(split.num_folds):
         problems.append(
             f"split.fold {split.fold} is missing: there are {split.num_folds} folds, from 0"
         )

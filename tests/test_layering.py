@@ -27,14 +27,23 @@ GROUND = {
 }
 FLOORS = (
     GROUND,
-    {"training"},
+    {"training", "planning"},
     {"run"},
     {"data", "evaluation"},
     {"inference"},
     {"experiment"},
     VERBS,
 )
-PURE = {"config", "config_checks", "geometry", "models", "parallel", "training", "inference"}
+PURE = {
+    "config",
+    "config_checks",
+    "geometry",
+    "models",
+    "parallel",
+    "planning",
+    "training",
+    "inference",
+}
 PURE_FILES = {
     f"jaxseg.evaluation.{name}"
     for name in ("calibration", "metrics", "report_numbers", "statistics", "surfaces", "tables")

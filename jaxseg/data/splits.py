@@ -142,6 +142,11 @@ def split_by_subject(
         if fold not in range(num_folds):
             raise SplitProblem(f"split.fold {fold} is missing: there are {num_folds}, from 0")
         val = set(rest[fold::num_folds])
+    elif fold:
+        raise SplitProblem(
+            f"split.fold {fold} is missing: the data say nothing of folds; set "
+            "--config.split.num_folds or --config.split.file too"
+        )
     else:
         val = set(rest[: max(1, round(val_fraction * len(subjects)))])
 
@@ -168,7 +173,7 @@ def split_as_told(
     Returns, Raises: as `split_from_file`.
     """
     folds = {case_fold for _, case_fold in told.values() if case_fold is not None}
-    if folds and fold not in folds:
+    if fold not in (folds or {0}):
         raise SplitProblem(
             f"split.fold {fold} is missing: the table has the folds {sorted(folds)}; mend "
             "--config.split.fold or --config.ensemble.folds"

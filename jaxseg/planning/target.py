@@ -56,7 +56,8 @@ def target_of(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[
     median = np.median(on_target, axis=0)
     # The coarsest may by now not be: nnU-Net orders by what became of it.
     last = 2 - int(np.argmax(target[::-1]))
-    axes = (*[axis for axis in range(3) if axis != last], last)
+    first, second = (axis for axis in range(3) if axis != last)
+    axes = first, second, last
     return Target(
         axes=axes,
         spacing_mm=tuple(target[list(axes)].tolist()),

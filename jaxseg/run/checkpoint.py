@@ -181,6 +181,7 @@ def load_variables(directory: str | Path, step: int | None = None) -> dict[str, 
       {"params", "batch_stats"}: nested dicts of NumPy arrays.
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      CheckpointProblem: it is damaged.
     """
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_metric)
     handlers = {name: ocp.JsonCheckpointHandler() for name in ITEMS if name != "state"}
@@ -192,12 +193,28 @@ def load_variables(directory: str | Path, step: int | None = None) -> dict[str, 
             step = manager.latest_step()
         if step not in manager.all_steps():
             raise FileNotFoundError(f"no checkpoint of step {step} in {directory}")
-        saved = manager.item_metadata(step).state
-        if saved is None:
-            raise FileNotFoundError(f"the checkpoint of step {step} in {directory} is damaged")
-        tree = {name: saved[name] for name in ("params", "batch_stats")}
-        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = ocp.args.PyTreeRestore(tree, restore_args=as_arrays, partial_restore=True)
+        folder = manager.directory / str(step)
+        # Those of the first versions say nothing of what they should be.
+        problem = _damage_of(folder) if (folder / "digest").exists() else ""
+        if not problem:
+            try:
+                return _restore_variables(manager, step)
+            except Exception as error:  # whatever Orbax makes of files that are not as it left them
+                problem = str(error).partition("\n")[0]
+        steps = [n for n in manager.all_steps() if not _damage_of(manager.directory / str(n))]
+        again = f"goes on from step {max(steps)}, which is whole" if steps else "can not go on"
+        raise CheckpointProblem(
+            f"the checkpoint in {folder} is damaged: {problem}; bring back a copy of it (the "
+            f"command of its training, if it is run again, {again})"
+        )
+
+
+def _restore_variables(manager, step):
+    saved = manager.item_metadata(step).state
+    tree = {name: saved[name] for name in ("params", "batch_stats")}
+    as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    state = ocp.args.PyTreeRestore(tree, restore_args=as_arrays, partial_restore=True)
+    with _orbax_is_silent():
         return manager.restore(step, args=ocp.args.Composite(state=state)).state
 
 
@@ -258,13 +275,18 @@ def _remove_leftovers(manager):
 
 def _verify_together(folder):
     """Raises CheckpointProblem in all processes if one of them finds the folder damaged."""
-    try:
-        problem = _damage_in(folder)
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        problem = str(error).partition(" [tensorstore_spec")[0]  # what it was opened with
+    problem = _damage_of(folder)
     if np.any(multihost_utils.process_allgather(np.asarray(bool(problem)))):
         problem = problem or "another process could not read it"
         raise CheckpointProblem(f"the checkpoint in {folder} is damaged: {problem}")
+
+
+def _damage_of(folder):
+    """What is damaged in the folder of a step, "" for nothing."""
+    try:
+        return _damage_in(folder)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        return str(error).partition(" [tensorstore_spec")[0]  # what it was opened with
 
 
 def _damage_in(folder):

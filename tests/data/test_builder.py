@@ -549,7 +549,7 @@ def test_a_case_that_memory_does_not_hold_is_named_before_any_is_prepared(tmp_pa
         prepare(dataset, tmp_path / "cache")
     [problem] = caught.value.problems
     assert problem.startswith(f"{dataset.cases[2].image_path}: [20, 18, 8] voxels of 1000 x 1000")
-    assert "become [20000, 18000, 8000] of 1 x 1 x 2 mm" in problem
+    assert "x 2000 mm become [20000, 18000, 8000], which takes some" in problem
     assert not list((tmp_path / "cache").glob("*/part-*"))
 
 

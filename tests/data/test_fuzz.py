@@ -80,9 +80,10 @@ def files(tmp_path, finished_run, monkeypatch):
         found[tmp_path / "run" / name] = lambda path: load_predictor([str(path.parent)])
     (step,) = (run / "checkpoints").glob("[0-9]*")
     checkpoints = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    for path in (checkpoints / step.name).rglob("*"):
-        if path.is_file():
-            found[path] = lambda path: load_variables(str(checkpoints), int(step.name))
+    saved = checkpoints / step.name
+    arrays = max((saved / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    for path in (arrays, saved / "state" / "_METADATA", saved / "metrics" / "metrics"):
+        found[path] = lambda path: load_variables(str(checkpoints), int(step.name))
     portable.export([str(run)], str(data / "imagesTr" / "case_00.nii.gz"), str(tmp_path / "served"))
     found[tmp_path / "served" / "predictor.jaxseg"] = portable.load_exported
     found |= cached(data, tmp_path / "cache")
@@ -120,7 +121,7 @@ def cached(data, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_outcome_is_right_or_a_named_refusal(files):
+def test_every_outcome_is_right_or_a_named_refusal(files, tmp_path):
     rng = np.random.default_rng(0)
     for _, (path, read) in zip(range(NUM_TRIES), itertools.cycle(files.items()), strict=False):
         content = path.read_bytes()
@@ -128,7 +129,8 @@ def test_every_outcome_is_right_or_a_named_refusal(files):
         try:
             read(path)
         except Problem as problem:
-            assert str(path.name) in str(problem) or str(path.parent) in str(problem), problem
+            places = [path, *itertools.takewhile(lambda place: place != tmp_path, path.parents)]
+            assert any(place.name in str(problem) for place in places), problem
         except OSError as error:
             assert error.filename or str(path.name) in str(error), error
         finally:

@@ -12,7 +12,7 @@ from scipy import ndimage
 from jaxseg.config import base_config
 from jaxseg.data import blocked_arrays
 from jaxseg.data.augment import region_size
-from jaxseg.data.builder import PreparedCase
+from jaxseg.data.builder import CaseStore, PreparedCase
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.pipeline import sample_region, train_batches
 from jaxseg.data.prepared import prepare
@@ -452,12 +452,14 @@ def test_a_region_of_blocks_on_disk_is_that_of_arrays_in_memory(stores, patch_si
 
 
 def test_a_block_that_can_not_be_read_ends_in_the_name_of_its_part(stores, tmp_path):
-    for path in tmp_path.rglob("*blocks*array_record*"):
+    (part,) = (path for path in tmp_path.rglob("part-*") if path.is_dir())
+    unread = CaseStore({str(part): list(stores[1])})  # which keeps nothing in memory yet
+    for path in part.rglob("*blocks*array_record*"):
         status = path.stat()
         path.write_bytes(bytes(status.st_size))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(OSError, match=r"part-000-of-001: a prepared case can not be read .*delete"):
-        batches(stores[0], case_ids=list(stores[1]))
+        batches(unread, case_ids=list(stores[1]))
 
 
 def test_batches_of_blocks_on_disk_are_those_of_arrays_in_memory(stores):

@@ -1,0 +1,126 @@
+"""Why a plan is as it is, a sentence for each decision."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxseg.planning.budget import PRESETS, REFERENCE_BATCH
+from jaxseg.planning.configurations import LOW_RESOLUTION_BELOW, Configuration, DatasetFacts
+from jaxseg.planning.normalisation import MOSTLY_BACKGROUND
+from jaxseg.planning.target import ANISOTROPY, target_of
+
+_AXES = "xyz"
+_SCHEMES = {
+    "ct": "clipped to the foreground's percentiles 0.5 and 99.5, then its mean and deviation: "
+    "Hounsfield units mean the same in every scan",
+    "zscore": "each scan by its own mean and deviation: units differ from scan to scan",
+    "rescale_to_0_1": "each scan to [0, 1]",
+    "rgb_to_0_1": "8-bit colours to [0, 1]",
+    "none": "left as it is",
+}
+
+
+def reasons_of(
+    name: str, made: Configuration, facts: DatasetFacts, preset_name: str
+) -> Iterator[tuple[str, str, str]]:
+    """Yields (decision, value, reason) for a configuration.
+
+    Args:
+      name: "2d", "3d_fullres" or "3d_lowres".
+      made: the configuration of that name.
+      facts: that it was made from.
+      preset_name: that it was made with.
+    """
+    target = target_of(facts.spacings_mm, facts.shapes)
+    yield "spacing", f"{_by(made.spacing_mm)} mm", _why_spacing(name, made, target, facts)
+    yield "axes", "".join(_AXES[axis] for axis in made.axes), _why_axes(target)
+    yield (
+        "median case",
+        f"{_by(made.median_shape)} voxels",
+        f"of {facts.num_training} training cases on that grid",
+    )
+    shown = math.prod(made.patch_size) / math.prod(made.median_shape)
+    yield (
+        "patch",
+        f"{_by(made.patch_size)} voxels",
+        f"the largest of equal sides in mm within the budget, {_percent(shown)} of the median case"
+        if shown < 1
+        else "shows the whole median case",
+    )
+    yield "batch", str(made.batch_size), _why_batch(made, preset_name)
+    yield "strides", _stages(made.strides), "axes are halved together once their spacings are alike"
+    yield "kernels", _stages(made.kernels), _why_kernels(made)
+    yield (
+        "features",
+        ", ".join(map(str, made.features)),
+        "doubled with every halving, up to a bound",
+    )
+    dice = "the whole batch" if made.batch_dice else "each patch"
+    seen = "slice" if name == "2d" else "patch"
+    why = f"a {seen} shows {'little' if made.batch_dice else 'much'} of a case"
+    yield "dice", f"over {dice}", why
+    for channel, scheme, inside in zip(
+        facts.channel_names, made.normalisation, made.inside_mask, strict=True
+    ):
+        yield f"channel {channel}", scheme, _SCHEMES[scheme] + _why_mask(inside, facts)
+
+
+def _why_spacing(name, made, target, facts):
+    if name == "3d_lowres":
+        return (
+            f"coarser until a patch shows {_percent(LOW_RESOLUTION_BELOW)} of a case, which has "
+            f"{_by(target.median_shape)} voxels at full resolution"
+        )
+    if target.is_coarse and len(made.spacing_mm) == 3:
+        across = _AXES[target.axes[2]]
+        median = np.median(np.asarray(facts.spacings_mm)[:, target.axes[2]])
+        return (
+            f"the median, but along {across} (median {median:.4g} mm, more than {ANISOTROPY:g} "
+            "times the others) the finest tenth, so that few scans lose slices"
+        )
+    return "the median of the training cases"
+
+
+def _why_axes(target):
+    across = _AXES[target.axes[2]]
+    return f"the coarsest axis, {across}, comes last; slices are cut across it"
+
+
+def _why_batch(made, preset_name):
+    preset, rank = PRESETS[preset_name], len(made.patch_size)
+    fitting = round(preset.reference[rank] / made.activations * REFERENCE_BATCH[rank])
+    if made.batch_size < fitting:
+        return f"more than {_percent(preset.most_of_dataset)} of all voxels in a step teach little"
+    return (
+        f"fills the budget of {preset_name}: {made.activations / 1e6:.0f} million numbers a patch"
+    )
+
+
+def _why_kernels(made):
+    flat = sum(1 in kernel for kernel in made.kernels)
+    if not flat:
+        return "spacings are alike along all axes"
+    ratio = max(made.spacing_mm) / min(made.spacing_mm)
+    return f"{ratio:.3g} x coarser across slices, so the first {flat} stage(s) look in plane alone"
+
+
+def _why_mask(inside, facts):
+    if not inside:
+        return ""
+    return (
+        f"; inside the mask of what is not 0, since that is {_percent(facts.relative_size)} of a "
+        f"scan, less than {_percent(MOSTLY_BACKGROUND)}"
+    )
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.5g}" for number in numbers)
+
+
+def _stages(stages: Sequence[Sequence[int]]) -> str:
+    return " ".join("".join(map(str, stage)) for stage in stages)
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.3g} %"
