@@ -1,13 +1,11 @@
 """One run on 1, 2, 4 and 8 devices: the same parameters, and the same bits on every device.
 
 The number of CPU devices can not change once JAX has started, so each run is a process of its own:
-this file as a script, which writes what it saw as an .npz file.
+this file as a script, which writes what it saw as an .npz file, begun where imports are done.
 """
 
 import concurrent.futures
 import functools
-import os
-import subprocess
 import sys
 
 import jax
@@ -34,6 +32,11 @@ MODEL = UNet(3, features=(4, 8), num_convs=1, norm="batch", dropout=0.5)
 STRICT_MODEL = UNet(3, features=(4, 8), num_convs=1, dropout=0.5)
 TX = create_optimizer("adamw", lambda _: 1.0, weight_decay=0.1, clip_norm=1.0)
 RATE = np.float32(0.01)
+SCRIPT = """
+import warnings
+warnings.simplefilter("error")
+runpy.run_path(argv[0], run_name="__main__")
+"""
 
 
 def make_batch(seed):
@@ -231,22 +234,29 @@ def spread_a_batch(facts):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, quick):
+def runs(tmp_path_factory, fork, quick):
     """What the runs on 1, 2, 4 and 8 devices saw."""
     folder = tmp_path_factory.mktemp("runs")
     # XLA's sums on CPU depend on the size of its pool of threads: cores, or devices if more.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": str(max(COUNTS))}
-    del environment["JAX_COMPILATION_CACHE_DIR"]  # each compiles for itself
+    environment = {"JAX_PLATFORMS": "cpu", "NPROC": str(max(COUNTS))}
     # Where every bit is to be the same it is compiled as a user's process does.
     flags = {"strict": {}, "loose": quick}
 
     def run(count, kind):
-        path = folder / f"{count}{kind}.npz"
-        subprocess.run(
-            [sys.executable, "-W", "error", __file__, str(count), kind, path],
-            env=environment | flags[kind],
-            check=True,
+        path, said = folder / f"{count}{kind}.npz", folder / f"{count}{kind}.txt"
+        process = fork(
+            __file__,
+            count,
+            kind,
+            path,
+            outputs=(said,) * 2,
+            code=SCRIPT,
+            settings={"jax_compilation_cache_dir": None},  # each compiles for itself
+            **environment,
+            **flags[kind],
         )
+        process.join()
+        assert process.exitcode == 0, said.read_text()
         return count, dict(np.load(path))
 
     seen = {count: {} for count in COUNTS}
