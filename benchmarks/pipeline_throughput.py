@@ -127,12 +127,12 @@ def make_noise_cases(root):
 
 def open_store(root, cache_dir):
     dataset = decathlon.find(root)
-    survey, fingerprint, _ = survey_once(dataset, cache_dir=cache_dir)
+    survey, sha256, _ = survey_once(dataset, cache_dir=cache_dir)
     store, _ = prepared.prepare(
         dataset,
         case_ids(),
         survey=survey,
-        fingerprint=fingerprint,
+        sha256=sha256,
         cache_dir=cache_dir,
         spacing_mm=(),
         normalisation="auto",

@@ -7,6 +7,8 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 # Arrays of a scan's size that are held at once while it is read, resampled and normalised.
 _COPIES = 3
 
@@ -42,7 +44,7 @@ def how_often(num_bytes: float) -> int:
 
 def grid_too_large(
     shape: Sequence[int],
-    spacing_mm: Sequence[float],
+    spacing_mm: Sequence[float] | np.ndarray,
     new_shape: Sequence[int],
     num_channels: int,
 ) -> str:

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from jaxseg.data.builder import CaseBuilder, open_split
 from jaxseg.data.cases import Case, Dataset
-from jaxseg.data.fingerprint import sha256_of
+from jaxseg.data.digests import sha256_of
 from jaxseg.data.preprocess import Plan
 from jaxseg.problem import Problem
 from jaxseg.run import writers

@@ -19,7 +19,7 @@ def prepare(
     plan_ids: Sequence[str],
     *,
     survey: Survey,
-    fingerprint: str,
+    sha256: str,
     cache_dir: str,
     slices: bool = False,
     saved_plan: preprocess.Plan | None = None,
@@ -39,8 +39,8 @@ def prepare(
     Args:
       dataset: `jaxseg.data.cases.Dataset`.
       plan_ids: ids of the cases whose statistics make the plan.
-      survey, fingerprint: of `surveyed.survey_once`.
-      cache_dir: folder that holds one prepared set per fingerprint; local or mounted.
+      survey, sha256: of `surveyed.survey_once`.
+      cache_dir: folder that holds one prepared set per dataset and plan; local or mounted.
       slices: whether the network is trained on slices.
       saved_plan: of the run that goes on, which is kept to; None makes one.
       border_weight: options of `preprocess.border_weights`, to store that map with each case.
@@ -59,7 +59,7 @@ def prepare(
         barrier("plan")  # until the first has made it
     chosen = [case for case in dataset.cases if case.case_id in set(plan_ids)]
     axes = _axes(survey, plan_ids, slices) if saved_plan is None else saved_plan.axes
-    wanted = repr((fingerprint, sorted(plan_ids), sorted(options.items()), CaseBuilder.VERSION))
+    wanted = repr((sha256, sorted(plan_ids), sorted(options.items()), CaseBuilder.VERSION))
     if border_weight:
         wanted += repr(sorted(border_weight.items()))
     if saved_plan is None or saved_plan.keep_thin:  # else of version 0.1, whose cache is used

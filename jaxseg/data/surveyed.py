@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from jaxseg.data import verify
 from jaxseg.data.cases import Case, Dataset
-from jaxseg.data.fingerprint import data_fingerprint
+from jaxseg.data.digests import digest_of_data
 from jaxseg.run import writers
 
 
@@ -23,21 +23,21 @@ def survey_once(
 
     Args:
       dataset: as it was found.
-      cache_dir: folder that keeps what is known of data by their fingerprint.
+      cache_dir: folder that keeps what is known of data by its digest.
       strict: of `verify`.
       progress: function (iterable, title) -> iterable that shows progress.
       process_index: which of the processes this is.
       barrier: function (name) that returns when every process has called it.
     Returns:
-      (survey, fingerprint, digests): of `verify` and `data_fingerprint`.
+      (survey, sha256, digests): of `verify` and `digest_of_data`.
     Raises:
       DatasetProblems: of `verify`.
       OSError: nothing can be kept in `cache_dir`.
     """
     if process_index > 0:
         barrier("survey")
-    fingerprint, digests = data_fingerprint(dataset, cache_dir)
-    known_by = hashlib.sha256(repr((fingerprint, dataset.spacing_from, strict)).encode())
+    sha256, digests = digest_of_data(dataset, cache_dir)
+    known_by = hashlib.sha256(repr((sha256, dataset.spacing_from, strict)).encode())
     path = os.path.join(cache_dir, "verified", f"{known_by.hexdigest()[:16]}.json")
     survey = _read(path)
     if survey is None:
@@ -46,7 +46,7 @@ def survey_once(
         writers.write_text(path, verify.to_json(survey))
     if process_index == 0:
         barrier("survey")
-    return survey, fingerprint, digests
+    return survey, sha256, digests
 
 
 def _read(path):

@@ -13,6 +13,7 @@ import numpy as np
 from jaxseg import geometry
 from jaxseg.data import cases, images, labels, memory
 from jaxseg.data.formats.volume import Remark, grouped
+from jaxseg.planning.measures import CaseMeasures, measure_case
 from jaxseg.problem import FileProblem, file_problem
 
 _MAX_LISTED = 5
@@ -23,18 +24,26 @@ class CaseFacts:
     """What is known of a case once it has been read.
 
     Attributes:
-      shape: voxels along the RAS+ axes.
-      spacing_mm: along the same.
-      voxels: of each class; () where there is no label.
+      measures: `CaseMeasures`, along the RAS+ axes.
+      voxels: of each class, background included; () where there is no label.
       content: SHA-256 of the image's values; "" where all are one value.
       remarks: (path, kind, detail) of the Remarks about its files.
     """
 
-    shape: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
+    measures: CaseMeasures
     voxels: tuple[int, ...]
     content: str
     remarks: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along the RAS+ axes."""
+        return self.measures.shape
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Along the RAS+ axes."""
+        return self.measures.spacing_mm
 
 
 Survey = dict[str, CaseFacts]  # by case id
@@ -50,8 +59,7 @@ def from_json(text: str) -> Survey:
 
     return {
         case_id: CaseFacts(
-            shape=tuple(fields["shape"]),
-            spacing_mm=tuple(fields["spacing_mm"]),
+            measures=CaseMeasures.from_dict(fields["measures"]),
             voxels=tuple(fields["voxels"]),
             content=fields["content"],
             remarks=tuple((path, kind, detail) for path, kind, detail in fields["remarks"]),
@@ -110,7 +118,8 @@ def verify(
                 mend = "copy it again from the source or remove the case"
                 problems.append(f"{case.image_path}: {wrong}; {mend}")
             if not images.affine_problems("", image.affine):
-                survey[case.case_id] = _facts(image, voxels, content, remarks)
+                measures = _measured(image, label, len(dataset.class_names))
+                survey[case.case_id] = CaseFacts(measures, voxels, content, tuple(remarks))
     problems += _channel_problems(num_channels, dataset.modalities)
     if strict:
         problems += [
@@ -125,10 +134,13 @@ def verify(
     return survey
 
 
-def _facts(image, voxels, content, remarks):
+def _measured(image, label, num_classes):
     canonical, affine = geometry.to_canonical(image.values, image.affine)
+    if label is not None:
+        label = geometry.to_canonical(label, image.affine)[0]
+        label = label if label.shape == canonical.shape[:3] else None  # which is among the problems
     spacing_mm = geometry.spacing_mm_from_affine(affine).tolist()
-    return CaseFacts(tuple(canonical.shape[:3]), tuple(spacing_mm), voxels, content, tuple(remarks))
+    return measure_case(canonical, label, spacing_mm, num_classes)
 
 
 def twins_of(survey: Survey) -> list[list[str]]:

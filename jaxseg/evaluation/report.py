@@ -35,7 +35,7 @@ class ReportContent:
       decisions: those of `postprocess.choose_steps`.
       config: JSON text, or "".
       versions: dict from package to version.
-      fingerprint: of the data, or "".
+      sha256: of the data, or "".
       flags: dict from case id to the reasons why it is unlike the training set.
       members: dict of `jaxseg.experiment.member_scores.summarise_members`, or None for a single
         network.
@@ -52,7 +52,7 @@ class ReportContent:
     decisions: Sequence[dict[str, Any]] = ()
     config: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    fingerprint: str = ""
+    sha256: str = ""
     flags: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     members: dict[str, Any] | None = None
     load_case: Callable[[str], LoadedCase] | None = None

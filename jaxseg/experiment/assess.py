@@ -109,7 +109,7 @@ def _publish(run, state, segmented, calibrated, decisions, members):
         "set": name,
         "step": _step(state),
         "members": kind_of_members(run.config),
-        "data": run.data.fingerprint,
+        "data": run.data.sha256,
         "tolerance_mm": TOLERANCE_MM,
         "unit": "mm" if is_volume(files[0].case.image_path) else "pixel",
     }
@@ -174,7 +174,7 @@ def _report(run, segmented, calibrated, decisions, members):
         decisions=decisions,
         config=config_lib.to_json(run.config),
         versions=_origin(run),
-        fingerprint=run.data.fingerprint,
+        sha256=run.data.sha256,
         flags=segmented.flags,
         members=members,
         load_case=lambda case_id: by_id[case_id].read_canonical(),

@@ -34,7 +34,7 @@ class Data:
       splits: for each member a dict from "train", "val", "test" to case ids.
       store: CaseStore.
       plan: preprocessing Plan.
-      fingerprint: SHA-256 of the data.
+      sha256: SHA-256 of the data.
       digests: for each case the SHA-256 of its files.
     """
 
@@ -42,7 +42,7 @@ class Data:
     splits: tuple[dict[str, list[str]], ...]
     store: CaseStore
     plan: Plan
-    fingerprint: str
+    sha256: str
     digests: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -86,7 +86,7 @@ def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> D
     dataset = _found(config, cache_dir, spacing_from, log)
     if len(config.data.patch_size) == 3 and not is_volume(dataset.cases[0].image_path):
         raise ConfigProblems(["the data are pictures: data.patch_size must have 2 entries"])
-    survey, fingerprint, digests = survey_once(dataset, strict=config.data.strict, **together)
+    survey, sha256, digests = survey_once(dataset, strict=config.data.strict, **together)
     for line in describe(survey, dataset.class_names):
         log.text(line)
     splits_of = {fold: make_split(config, dataset, fold, survey) for fold in _folds_of(config)}
@@ -100,7 +100,7 @@ def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> D
         dataset,
         planned,
         survey=survey,
-        fingerprint=fingerprint,
+        sha256=sha256,
         slices=len(config.data.patch_size) == 2,
         saved_plan=saved_plan,
         border_weight=border_weight_of(config),
@@ -112,7 +112,7 @@ def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> D
     for line in advice.about_axes(config, dataset, facts, plan):
         log.text(line)
     splits_of_members = tuple(splits_of[member.fold] for member in members_of(config))
-    return Data(dataset, splits_of_members, store, plan, fingerprint, digests)
+    return Data(dataset, splits_of_members, store, plan, sha256, digests)
 
 
 def _folds_of(config):

@@ -53,7 +53,7 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
         )
     log = SilentLog()
     data = gather.load_data(config, log, saved_plan(workdir))
-    now = identity.describe(config_json, data.fingerprint)
+    now = identity.describe(config_json, data.sha256)
     for session in identity.read_sessions(workdir):
         for line in identity.differences(session, now):
             say(f"the run from step {session['first_step'] + 1} on -> now: {line}")

@@ -99,7 +99,7 @@ def describe_data(data: Data) -> dict[str, Any]:
             "label_values": data.dataset.coding.values,
             "modalities": data.dataset.modalities,
             "num_channels": data.num_channels,
-            "fingerprint": data.fingerprint,
+            "fingerprint": data.sha256,
             "files": data.digests,
             "split": data.split if all(s == data.split for s in data.splits) else data.splits,
         }

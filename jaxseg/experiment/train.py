@@ -99,7 +99,7 @@ def _train(config, workdir, manager, log):
     log.start_at(first_step)
     if jax.process_index() == 0:
         identity.record(
-            workdir, first_step, identity.describe(config_lib.to_json(config), data.fingerprint)
+            workdir, first_step, identity.describe(config_lib.to_json(config), data.sha256)
         )
     with stop_requests() as stop_at:
         state, stopped_by = fit(run, state, first_step, stop_at)

@@ -37,17 +37,17 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def describe(config_json: str, fingerprint: str) -> dict[str, Any]:
+def describe(config_json: str, sha256: str) -> dict[str, Any]:
     """Everything that the numbers of a run depend on, JSON-ready.
 
     Args:
       config_json: what `jaxseg.config.to_json` wrote.
-      fingerprint: SHA-256 of the data.
+      sha256: SHA-256 of the data.
     """
     device = jax.devices()[0]
     return {
         "config": hashlib.sha256(config_json.encode()).hexdigest(),
-        "data": fingerprint,
+        "data": sha256,
         "seed": json.loads(config_json)["seed"],
         "parallel": json.loads(config_json)["parallel"],
         "source": source_revision(),

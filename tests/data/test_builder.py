@@ -16,7 +16,7 @@ from jaxseg.data import (
     blocked_arrays,
     builder,
     cases,
-    fingerprint,
+    digests,
     images,
     labels,
     prepared,
@@ -37,10 +37,10 @@ def prepare(dataset, cache_dir, plan_ids=("case_00", "case_01"), **options):
     shared = {
         name: options[name] for name in ("progress", "process_index", "barrier") if name in options
     }
-    survey, data_fingerprint, _ = survey_once(dataset, cache_dir=cache_dir, **shared)
-    known = {"survey": survey, "fingerprint": data_fingerprint, "cache_dir": cache_dir}
+    survey, sha256, _ = survey_once(dataset, cache_dir=cache_dir, **shared)
+    known = {"survey": survey, "sha256": sha256, "cache_dir": cache_dir}
     made = prepared.prepare(dataset, plan_ids, **known, **(OPTIONS | options))
-    return *made, data_fingerprint
+    return *made, sha256
 
 
 def whole(case):
@@ -164,7 +164,7 @@ def test_more_than_ten_cases_keep_their_names(tmp_path, make_msd_folder):
 
 
 def test_prepared_once_reused_after(tmp_path, dataset, count_reads, monkeypatch):
-    first, plan, fingerprint = prepare(dataset, tmp_path / "cache")
+    first, plan, sha256 = prepare(dataset, tmp_path / "cache")
     assert count_reads == ["case_00.nii.gz", "case_01.nii.gz", "case_02.nii.gz"]
 
     def forbidden(*args, **kwargs):
@@ -172,17 +172,17 @@ def test_prepared_once_reused_after(tmp_path, dataset, count_reads, monkeypatch)
 
     monkeypatch.setattr(verify, "verify", forbidden)
     monkeypatch.setattr(preprocess, "make_plan", forbidden)
-    second, same_plan, same_fingerprint = prepare(dataset, tmp_path / "cache")
+    second, same_plan, same_sha256 = prepare(dataset, tmp_path / "cache")
     assert len(count_reads) == 3
-    assert (same_plan, same_fingerprint) == (plan, fingerprint)
+    assert (same_plan, same_sha256) == (plan, sha256)
     assert_same_store(second, first, dataset)
 
 
 def test_a_copy_of_the_data_elsewhere_is_the_same_data(tmp_path, dataset, count_reads):
-    _, _, fingerprint = prepare(dataset, tmp_path / "cache")
+    _, _, sha256 = prepare(dataset, tmp_path / "cache")
     shutil.copytree(dataset.root, tmp_path / "copy")
     copy = decathlon.find(tmp_path / "copy")
-    assert prepare(copy, tmp_path / "cache")[2] == fingerprint
+    assert prepare(copy, tmp_path / "cache")[2] == sha256
     assert len(count_reads) == 3
 
 
@@ -198,9 +198,9 @@ def test_a_copy_of_the_data_elsewhere_is_the_same_data(tmp_path, dataset, count_
     ids=lambda options: next(iter(options)),
 )
 def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, options):
-    before, _, fingerprint = prepare(dataset, tmp_path / "cache")
+    before, _, sha256 = prepare(dataset, tmp_path / "cache")
     expected = {case.case_id: whole(before[case.case_id]) for case in dataset.cases}
-    assert prepare(dataset, tmp_path / "cache", **options)[2] == fingerprint  # of the same data
+    assert prepare(dataset, tmp_path / "cache", **options)[2] == sha256  # of the same data
     assert len(count_reads) == 6
     again, _, _ = prepare(dataset, tmp_path / "cache")
     assert len(count_reads) == 6
@@ -208,13 +208,13 @@ def test_other_preprocessing_is_prepared_apart(tmp_path, dataset, count_reads, o
         assert_same_case(again[case_id], case)
 
 
-def test_changed_data_is_another_fingerprint(tmp_path, dataset):
+def test_changed_data_is_another_digest(tmp_path, dataset):
     def of(dataset):
-        return fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))[0]
+        return digests.digest_of_data(dataset, str(tmp_path / "cache"))[0]
 
-    fingerprints = [of(dataset)]
+    seen = [of(dataset)]
     rewrite_image(dataset, 1, lambda image: image + (image == image.max()))
-    fingerprints.append(of(dataset))
+    seen.append(of(dataset))
     for changes in (
         {"class_names": ("background", "outer", "core")},
         {"coding": LabelCoding((0, 2, 1))},
@@ -223,16 +223,16 @@ def test_changed_data_is_another_fingerprint(tmp_path, dataset):
         {"cases": dataset.cases[:2]},
         {"cases": (dataclasses.replace(dataset.cases[0], case_id="x"), *dataset.cases[1:])},
     ):
-        fingerprints.append(of(dataclasses.replace(dataset, **changes)))
-    assert len(set(fingerprints)) == 8
+        seen.append(of(dataclasses.replace(dataset, **changes)))
+    assert len(set(seen)) == 8
 
 
 def test_changed_bytes_of_a_file_are_prepared_again(tmp_path, dataset, count_reads):
-    before, _, fingerprint = prepare(dataset, tmp_path / "cache")
+    before, _, sha256 = prepare(dataset, tmp_path / "cache")
     flipped = whole(before["case_02"]).image[::-1]
     rewrite_image(dataset, 2, lambda image: image[::-1])
-    after, _, new_fingerprint = prepare(dataset, tmp_path / "cache")
-    assert new_fingerprint != fingerprint
+    after, _, new_sha256 = prepare(dataset, tmp_path / "cache")
+    assert new_sha256 != sha256
     assert len(count_reads) == 6
     np.testing.assert_allclose(whole(after["case_02"]).image, flipped, atol=1e-5)
 
@@ -429,7 +429,7 @@ def test_border_weights_are_stored_apart_and_read_back(tmp_path, dataset, count_
 
 @pytest.fixture
 def count_digests(monkeypatch):
-    """Files whose bytes were read for the fingerprint."""
+    """Files whose bytes were read for their digests."""
     names = []
 
     def counted(file, name):
@@ -437,23 +437,23 @@ def count_digests(monkeypatch):
         return hashlib.file_digest(file, name)
 
     fake = types.SimpleNamespace(sha256=hashlib.sha256, file_digest=counted)
-    monkeypatch.setattr(fingerprint, "hashlib", fake)
-    monkeypatch.setattr(fingerprint, "SETTLED_S", -1.0)  # tests do not wait
+    monkeypatch.setattr(digests, "hashlib", fake)
+    monkeypatch.setattr(digests, "SETTLED_S", -1.0)  # tests do not wait
     return names
 
 
 def test_files_that_are_as_they_were_are_not_read_again(tmp_path, dataset, count_digests):
-    first = fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
+    first = digests.digest_of_data(dataset, str(tmp_path / "cache"))
     assert len(count_digests) == 6
-    assert fingerprint.data_fingerprint(dataset, str(tmp_path / "cache")) == first
+    assert digests.digest_of_data(dataset, str(tmp_path / "cache")) == first
     assert len(count_digests) == 6
-    assert fingerprint.data_fingerprint(dataset, str(tmp_path / "elsewhere")) == first
+    assert digests.digest_of_data(dataset, str(tmp_path / "elsewhere")) == first
     assert len(count_digests) == 12
 
 
 @pytest.mark.parametrize("kept_time", [False, True])
 def test_a_changed_file_of_the_same_size_is_noticed(tmp_path, dataset, count_digests, kept_time):
-    first = fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
+    first = digests.digest_of_data(dataset, str(tmp_path / "cache"))
     path = pathlib.Path(dataset.cases[1].label_path)
     status, content = path.stat(), bytearray(path.read_bytes())
     content[-9] ^= 1
@@ -462,15 +462,15 @@ def test_a_changed_file_of_the_same_size_is_noticed(tmp_path, dataset, count_dig
     if kept_time:  # as copying with "cp -p" does
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     count_digests.clear()
-    assert fingerprint.data_fingerprint(dataset, str(tmp_path / "cache")) != first
+    assert digests.digest_of_data(dataset, str(tmp_path / "cache")) != first
     assert count_digests == ["case_01.nii.gz"]
 
 
 def test_a_file_that_was_just_written_is_read_again(tmp_path, dataset, count_digests, monkeypatch):
     """It could be written once more without a new time of change."""
-    monkeypatch.setattr(fingerprint, "SETTLED_S", 1e4)
+    monkeypatch.setattr(digests, "SETTLED_S", 1e4)
     for _ in range(2):
-        fingerprint.data_fingerprint(dataset, str(tmp_path / "cache"))
+        digests.digest_of_data(dataset, str(tmp_path / "cache"))
     assert len(count_digests) == 12
 
 
@@ -478,7 +478,7 @@ def test_processes_that_share_the_work_make_what_one_makes(
     tmp_path, dataset, count_reads, monkeypatch
 ):
     monkeypatch.setattr(parts_lib, "CASES_PER_PART", 1)
-    expected, plan, fingerprint = prepare(dataset, tmp_path / "one")
+    expected, plan, sha256 = prepare(dataset, tmp_path / "one")
     count_reads.clear()
     meeting = threading.Barrier(2, timeout=60)
     names, made = [[], []], {}
@@ -502,8 +502,8 @@ def test_processes_that_share_the_work_make_what_one_makes(
             thread.start()
         for thread in threads:
             thread.join()
-        for store, same_plan, same_fingerprint in made.values():
-            assert (same_plan, same_fingerprint) == (plan, fingerprint)
+        for store, same_plan, same_sha256 in made.values():
+            assert (same_plan, same_sha256) == (plan, sha256)
             assert_same_store(store, expected, dataset)
     assert names == [["survey", "plan", "parts"] * 2] * 2
     assert sorted(count_reads) == ["case_00.nii.gz", "case_01.nii.gz", "case_02.nii.gz"]

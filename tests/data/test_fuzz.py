@@ -96,12 +96,12 @@ def cached(data, folder):
     dataset = Dataset(**(vars(everyone) | {"cases": everyone.cases[:1]}))
 
     def read():
-        survey, fingerprint, _ = surveyed.survey_once(dataset, cache_dir=str(folder))
+        survey, sha256, _ = surveyed.survey_once(dataset, cache_dir=str(folder))
         store, plan = prepared.prepare(
             dataset,
             ["case_00"],
             survey=survey,
-            fingerprint=fingerprint,
+            sha256=sha256,
             cache_dir=str(folder),
             spacing_mm=(),
             normalisation="auto",

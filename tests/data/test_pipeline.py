@@ -402,12 +402,12 @@ def stores(request, tmp_path, make_msd_folder, monkeypatch):
     monkeypatch.setattr(blocked_arrays, "BLOCK_VOXELS", 5 * 5 * 3)
     monkeypatch.setattr(blocked_arrays, "BLOCK_DEPTH", 3)  # of cases [20, 18, 8]: 4 x 4 x 3 blocks
     dataset = decathlon.find(make_msd_folder(num_cases=3))
-    survey, fingerprint, _ = survey_once(dataset, cache_dir=str(tmp_path))
+    survey, sha256, _ = survey_once(dataset, cache_dir=str(tmp_path))
     on_disk, _ = prepare(
         dataset,
         ["case_00"],
         survey=survey,
-        fingerprint=fingerprint,
+        sha256=sha256,
         cache_dir=str(tmp_path),
         border_weight={"w0": 10.0, "sigma": 5.0} if request.param else None,
         spacing_mm=(),

@@ -23,8 +23,8 @@ def prepare(dataset, cache_dir, **options):
     case_ids = [case.case_id for case in dataset.cases]
     cache_dir = str(cache_dir)
     shown = {name: options[name] for name in ("progress",) if name in options}
-    survey, fingerprint, _ = survey_once(dataset, cache_dir=cache_dir, **shown)
-    known = {"survey": survey, "fingerprint": fingerprint, "cache_dir": cache_dir}
+    survey, sha256, _ = survey_once(dataset, cache_dir=cache_dir, **shown)
+    known = {"survey": survey, "sha256": sha256, "cache_dir": cache_dir}
     return prepared.prepare(dataset, case_ids, **known, **options, **OPTIONS)
 
 
@@ -118,9 +118,9 @@ resource.setrlimit(resource.RLIMIT_DATA, (start + (limit_mib << 20),) * 2)
 dataset = decathlon.find(root)
 case_ids = [case.case_id for case in dataset.cases]
 began = time.perf_counter()
-survey, fingerprint, _ = survey_once(dataset, cache_dir=folder)
+survey, sha256, _ = survey_once(dataset, cache_dir=folder)
 store, _ = prepared.prepare(
-    dataset, case_ids, survey=survey, fingerprint=fingerprint, cache_dir=folder, spacing_mm=(),
+    dataset, case_ids, survey=survey, sha256=sha256, cache_dir=folder, spacing_mm=(),
     normalisation="auto", image_order=1, label_order=1,
 )
 ready = time.perf_counter()

@@ -355,7 +355,7 @@ def full_content(name, case_id):
         ],
         config=f'{{\n  "name": "{name}"\n}}\n',
         versions={"jax": "0.10.2", name: name},
-        fingerprint="abc123",
+        sha256="abc123",
         flags={case_id: [name]},
         load_case=lambda case_id: (label[..., None] * 1.0, label, label, (1, 1, 1)),
     )

@@ -15,6 +15,7 @@ from jaxseg.data.preprocess import Plan
 from jaxseg.data.verify import CaseFacts
 from jaxseg.experiment import advice, build, gather
 from jaxseg.experiment.members import Member, kind_of_members, members_of
+from jaxseg.planning.measures import CaseMeasures
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,8 @@ def test_subjects_and_sets_of_a_table_are_honoured():
 
 
 def facts(spacing_mm):
-    return CaseFacts((20, 20, 20), spacing_mm, (10, 5), "x")
+    measures = CaseMeasures((20, 20, 20), spacing_mm, (20, 20, 20))
+    return CaseFacts(measures, (10, 5), "x")
 
 
 def test_how_slices_are_cut_and_sides_are_mistaken_is_said():

@@ -68,7 +68,7 @@ class FakeData:
         ]
         self.split = self.splits[0]
         self.plan = Plan((1.0, 1.0, 2.0), ("zscore",), ((),), 1, 1)
-        self.fingerprint, self.num_classes = "abc", NUM_CLASSES
+        self.sha256, self.num_classes = "abc", NUM_CLASSES
 
     def cases_of(self, set_name, member=0):
         split = self.splits[member if len(self.splits) > 1 else 0]

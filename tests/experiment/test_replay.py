@@ -47,7 +47,7 @@ def replay_as(monkeypatch):
     """Function that sets what a replay gives: changes of the metrics of steps."""
     calls = []
 
-    def replay_as(changes=None, num_members=None, fingerprint="f" * 64):
+    def replay_as(changes=None, num_members=None, sha256="f" * 64):
         def stand_in(config, data, log, num_steps):
             calls.append((to_json(config), type(log), num_steps))
             for step in range(1, num_steps + 1):
@@ -55,7 +55,7 @@ def replay_as(monkeypatch):
                 calls.append(step)
                 yield run_log.trace_row(step, metrics)
 
-        data = types.SimpleNamespace(fingerprint=fingerprint)
+        data = types.SimpleNamespace(sha256=sha256)
         monkeypatch.setattr(gather, "load_data", lambda config, log, plan: data)
         monkeypatch.setattr(replay, "replay", stand_in)
         return calls
@@ -81,7 +81,7 @@ def test_a_run_that_agrees(make_run, replay_as, capsys, tmp_path):
 
 def test_other_data_are_named(make_run, replay_as, capsys):
     workdir = make_run()
-    replay_as(fingerprint="0" * 64)
+    replay_as(sha256="0" * 64)
     _, output, _ = run(f"--workdir={workdir}", capsys=capsys)
     assert f"data: '{'f' * 64}' -> '{'0' * 64}'" in output
 

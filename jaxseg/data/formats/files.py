@@ -53,9 +53,9 @@ def naming_damage(
     """
     try:
         yield
-    except (FileProblem, MemoryError, *passed):
-        raise
     except Exception as error:
+        if isinstance(error, (FileProblem, MemoryError, *passed)):
+            raise
         wrong = f"not a readable {kind} file ({said(error)})"
         raise file_problem(path, wrong, COPY_AGAIN) from error
 

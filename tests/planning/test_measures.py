@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxseg.planning import fingerprint
+from jaxseg.planning import measures
 
 
 def make_case():
@@ -20,7 +20,7 @@ def make_case():
 
 def test_a_case_by_hand():
     image, label = make_case()
-    case = fingerprint.measure_case(image, label, (1.0, 2.0, 3.0), num_classes=4)
+    case = measures.measure_case(image, label, (1.0, 2.0, 3.0), num_classes=4)
     assert case.shape == (12, 10, 6) and case.spacing_mm == (1.0, 2.0, 3.0)
     assert case.cropped_shape == (11, 7, 5)
     assert case.relative_size == 11 * 7 * 5 / 720
@@ -39,24 +39,24 @@ def test_a_case_by_hand():
 def test_values_that_no_class_has_are_no_foreground():
     image, label = make_case()
     label[label == 3] = 255
-    case = fingerprint.measure_case(image, label, (1, 1, 1), num_classes=3)
+    case = measures.measure_case(image, label, (1, 1, 1), num_classes=3)
     assert case.intensities[0].count == 16 and len(case.structures) == 2
 
 
 def test_a_case_without_label_and_an_image_of_zeros():
-    case = fingerprint.measure_case(np.zeros((4, 5, 6, 1), np.float32), None, (1, 1, 1), 3)
+    case = measures.measure_case(np.zeros((4, 5, 6, 1), np.float32), None, (1, 1, 1), 3)
     assert case.cropped_shape == (4, 5, 6) and case.relative_size == 1
     assert case.intensities == case.structures == ()
 
 
 def test_through_json_and_back():
     image, label = make_case()
-    case = fingerprint.measure_case(image, label, (1, 1, 1), num_classes=4)
-    read = json.loads(fingerprint.to_json({"a": case}, ["x", "y"]))
-    assert fingerprint.CaseMeasures.from_dict(read["cases"]["a"]) == case
+    case = measures.measure_case(image, label, (1, 1, 1), num_classes=4)
+    read = json.loads(measures.to_json({"a": case}, ["x", "y"]))
+    assert measures.CaseMeasures.from_dict(read["cases"]["a"]) == case
     assert read["num_cases"] == 1 and read["intensities"]["y"]["mean"] == 10
     with pytest.raises(KeyError):
-        fingerprint.CaseMeasures.from_dict({"shape": (1, 2, 3)})
+        measures.CaseMeasures.from_dict({"shape": (1, 2, 3)})
 
 
 def test_pooled_intensities_are_those_of_all_cases_which_count_alike():
@@ -66,21 +66,21 @@ def test_pooled_intensities_are_those_of_all_cases_which_count_alike():
     for values in drawn:
         image = values.astype(np.float32).reshape(100, 100, 2, 1)
         label = np.ones((100, 100, 2), np.uint8)
-        cases.append(fingerprint.measure_case(image, label, (1, 1, 1), num_classes=2))
+        cases.append(measures.measure_case(image, label, (1, 1, 1), num_classes=2))
     # A case of a tenth of the voxels, but the same values, changes nothing.
     small = drawn[2][:2000].astype(np.float32).reshape(100, 10, 2, 1)
     everything = np.concatenate(drawn)
-    found = fingerprint.pooled(cases, 0)
+    found = measures.pooled(cases, 0)
     assert found["count"] == 60_000
     assert found["mean"] == pytest.approx(everything.mean(), rel=1e-5)
     assert found["std"] == pytest.approx(everything.std(), rel=1e-5)
     for name, percent in (("median", 50), ("percentile_00_5", 0.5), ("percentile_99_5", 99.5)):
         assert found[name] == pytest.approx(np.percentile(everything, percent), rel=0.02, abs=0.05)
     assert found["max"] == pytest.approx(everything.max(), rel=1e-6)
-    cases[2] = fingerprint.measure_case(small, np.ones((100, 10, 2)), (1, 1, 1), num_classes=2)
-    assert fingerprint.pooled(cases, 0)["mean"] == pytest.approx(everything.mean(), rel=0.02)
+    cases[2] = measures.measure_case(small, np.ones((100, 10, 2)), (1, 1, 1), num_classes=2)
+    assert measures.pooled(cases, 0)["mean"] == pytest.approx(everything.mean(), rel=0.02)
 
 
 def test_nothing_labelled_pools_to_nothing():
-    case = fingerprint.measure_case(np.ones((4, 5, 6, 1), np.float32), None, (1, 1, 1), 3)
-    assert fingerprint.pooled([case], 0) == {}
+    case = measures.measure_case(np.ones((4, 5, 6, 1), np.float32), None, (1, 1, 1), 3)
+    assert measures.pooled([case], 0) == {}

@@ -12,14 +12,14 @@ from jaxseg.run import writers
 SETTLED_S = 2.0
 
 
-def data_fingerprint(dataset: Dataset, cache_dir: str) -> tuple[str, dict[str, list[str]]]:
+def digest_of_data(dataset: Dataset, cache_dir: str) -> tuple[str, dict[str, list[str]]]:
     """What the data are, whatever the names of their folders.
 
     The SHA-256 of each file is kept in `cache_dir`, so that only files that are new or changed are
     read. A file that can not be read counts as such: `verify` is what reports it.
 
     Returns:
-      (fingerprint, digests): SHA-256 over case ids, file contents, class names, label values and
+      (sha256, digests): SHA-256 over case ids, file contents, class names, label values and
       modalities; and for each case the SHA-256 of its files.
     """
     digests_path = os.path.join(cache_dir, "digests.json")
