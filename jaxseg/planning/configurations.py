@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxseg.planning.budget import PRESETS, Batch, Preset, batch_within
-from jaxseg.planning.network import features_of
+from jaxseg.planning.network import convs_of, features_of
 from jaxseg.planning.normalisation import masked_normalisation, schemes_of
 from jaxseg.planning.target import Target, target_of
 
@@ -54,6 +54,8 @@ class Configuration:
       strides, kernels: of `topology.Topology`.
       features: channels of each stage.
       residual: whether the encoder is residual.
+      convs: convolutions, or residual blocks, of each stage of the encoder.
+      decoder_convs: convolutions of each stage of the decoder.
       batch_dice: whether Dice is of the whole batch, not of each patch.
       normalisation: scheme of each channel.
       inside_mask: for each channel whether it is normalised by what is not background alone.
@@ -69,6 +71,8 @@ class Configuration:
     kernels: tuple[tuple[int, ...], ...]
     features: tuple[int, ...]
     residual: bool
+    convs: tuple[int, ...]
+    decoder_convs: int
     batch_dice: bool
     normalisation: tuple[str, ...]
     inside_mask: tuple[bool, ...]
@@ -125,6 +129,7 @@ def _configuration(
     batch: Batch,
 ) -> Configuration:
     schemes = schemes_of(facts.channel_names)
+    convs, decoder_convs = convs_of(len(batch.topology.strides), preset.style)
     return Configuration(
         axes=target.axes,
         spacing_mm=tuple(spacing_mm),
@@ -133,8 +138,10 @@ def _configuration(
         batch_size=batch.batch_size,
         strides=batch.topology.strides,
         kernels=batch.topology.kernels,
-        features=features_of(batch.topology),
-        residual=preset.residual,
+        features=features_of(batch.topology, preset.style),
+        residual=preset.style.residual,
+        convs=convs,
+        decoder_convs=decoder_convs,
         batch_dice=False,
         normalisation=schemes,
         inside_mask=masked_normalisation(schemes, facts.relative_size),
