@@ -43,6 +43,11 @@ FIELDS: dict[str, Any] = {
         "patch_size": (128, 128),  # voxels; two numbers train on slices, three on volumes
         "foreground_fraction": 0.33,  # of the patches that are drawn around a foreground voxel
     },
+    # How fields that are None are decided, see configs/auto.py.
+    "plan": {
+        "preset": "",  # how large the network is; auto: nnunet, without an accelerator compact
+        "configuration": "auto",  # slices or volumes; auto: as suits the data
+    },
     "split": {
         "seed": 0,  # of who is in which set, so that `seed` repeats a run on the same
         "file": "",  # JSON with lists of case ids, relative to data.dir
@@ -55,15 +60,22 @@ FIELDS: dict[str, Any] = {
     },
     "preprocess": {
         "spacing_mm": (),  # () means the median spacing of the training cases
+        # Which of the axes left-right, back-front and feet-head comes where; slices are cut across
+        # the last. () means the thickest last for slices, and (0, 1, 2) for volumes.
+        "axes": (),
         "image_order": 1,  # spline order of resampling: 1 linear, 3 cubic
         "label_order": 1,  # 1: linear resampling of one-hot labels, 0: nearest
         "normalisation": "auto",  # ct where dataset.json says CT, else zscore
     },
     # Each transform is drawn with its probability, for each example.
     "augment": {
-        "rotation": {"prob": 0.2, "range_deg": (-180.0, 180.0)},
+        "rotation": {
+            "prob": 0.2,
+            "range_deg": (-180.0, 180.0),
+            "in_plane": False,  # of volumes: about the last axis alone
+        },
         "translation": {"prob": 0.2, "range_fraction": (-0.1, 0.1)},  # of the patch
-        "scaling": {"prob": 0.2, "range": (0.7, 1.4)},
+        "scaling": {"prob": 0.2, "range": (0.7, 1.4), "in_plane": False},  # all axes but the last
         "elastic": {
             "prob": 0.0,
             "spacing_voxels": 16,  # between control points
@@ -176,6 +188,8 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data.kind": ("auto", "msd", "nnunet", "images", "table"),
     "data.spacing_from": ("pixdim", "sform"),
+    "plan.preset": ("", "auto", "compact", "nnunet", "resenc_m", "resenc_l", "resenc_xl"),
+    "plan.configuration": ("auto", "2d", "3d_fullres", "3d_lowres"),
     "preprocess.normalisation": ("auto", "ct", "zscore"),
     "preprocess.image_order": (1, 3),
     "preprocess.label_order": (0, 1),

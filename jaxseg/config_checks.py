@@ -15,6 +15,7 @@ from jaxseg.config import (
     choices_of,
     flatten,
 )
+from jaxseg.config_planned import undecided, with_stand_ins
 
 
 def validate(config: ConfigDict) -> None:
@@ -23,8 +24,23 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ConfigProblems: lists every problem found, not just the first.
     """
+    if open_fields := undecided(config):
+        if not config.plan.preset:
+            raise ConfigProblems(
+                f"{name} is not set: give it a value, or let a plan decide with plan.preset"
+                for name in open_fields
+            )
+        # Whether for slices or for volumes is not known yet: what is wrong with both is wrong.
+        problems = min((_problems_of(with_stand_ins(config, n)) for n in (2, 3)), key=len)
+    else:
+        problems = _problems_of(config)
+    if problems:
+        raise ConfigProblems(problems)
+
+
+def _problems_of(config):
     fields = flatten(config)
-    problems = [
+    return [
         *_choice_problems(config.model.name, fields),
         *_model_problems(config),
         *_sign_problems(fields),
@@ -35,8 +51,6 @@ def validate(config: ConfigDict) -> None:
         *_parallel_problems(config),
         *_ensemble_problems(config),
     ]
-    if problems:
-        raise ConfigProblems(problems)
 
 
 def _choice_problems(model, fields):
@@ -112,6 +126,8 @@ def _data_problems(config):
         problems.append(f"data.patch_size needs 2 (slices) or 3 (volumes) entries, not {rank}")
     if any(axis not in range(rank) for axis in config.augment.flip.axes):
         problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
+    if config.preprocess.axes and sorted(config.preprocess.axes) != [0, 1, 2]:
+        problems.append(f"preprocess.axes must hold 0, 1 and 2: {config.preprocess.axes!r}")
     if len(config.preprocess.spacing_mm) not in (0, 3):
         problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
     if data.kind in ("nnunet", "images", "table") and not data.dir:

@@ -42,12 +42,20 @@ def region_size(patch_size: Sequence[int], params: Mapping[str, Options]) -> tup
         return np.max(np.abs(params[name][option])) if params[name]["prob"] > 0 else 0
 
     patch = np.array(patch_size)
+
+    def moved(name, all_axes):
+        """The axes that a transform moves: all, or the first two."""
+        return slice(2 if params[name]["in_plane"] else all_axes)
+
     reach = patch - 1 + 2 * largest("elastic", "range_magnitude_voxels")
-    across = np.sqrt(np.sum(reach**2) - reach**2)
-    tilt = np.minimum(np.deg2rad(largest("rotation", "range_deg")), np.arctan2(across, reach))
-    reach = reach * np.cos(tilt) + across * np.sin(tilt)
+    turned = moved("rotation", len(patch))
+    inside = reach[turned]
+    across = np.sqrt(np.sum(inside**2) - inside**2)
+    tilt = np.minimum(np.deg2rad(largest("rotation", "range_deg")), np.arctan2(across, inside))
+    reach = reach.astype(float)
+    reach[turned] = inside * np.cos(tilt) + across * np.sin(tilt)
     if params["scaling"]["prob"] > 0:
-        reach = reach / min(1, *params["scaling"]["range"])
+        reach[moved("scaling", len(patch))] /= min(1, *params["scaling"]["range"])
     reach = reach + 2 * largest("translation", "range_fraction") * patch
     margin = np.ceil((reach - (patch - 1)) / 2).astype(int)
     return tuple((patch + 2 * margin).tolist())
@@ -138,14 +146,20 @@ def displace(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
 
 
 def scale(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
-    """Enlarges what is seen by one factor from `range` on all axes."""
-    return grid / _uniform(seed, [], options["range"])
+    """Enlarges what is seen by one factor from `range`, on all axes or all but the last."""
+    factor = _uniform(seed, [], options["range"])
+    if options["in_plane"] and grid.shape[-1] == 3:
+        return grid / tf.stack([factor, factor, 1.0])
+    return grid / factor
 
 
 def rotate(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
-    """Turns by an angle from `range_deg` in each plane of axes (i, j), from i towards j."""
+    """Turns by an angle from `range_deg` in each plane of axes (i, j), from i towards j.
+
+    With `in_plane` in that of the first two alone.
+    """
     rank = grid.shape[-1]
-    planes = list(itertools.combinations(range(rank), 2))
+    planes = list(itertools.combinations(range(rank), 2))[: 1 if options["in_plane"] else None]
     angles = tf.unstack(_uniform(seed, [len(planes)], options["range_deg"]) * (np.pi / 180))
     identity = np.eye(rank, dtype=np.float32)
     rotation = identity

@@ -47,7 +47,8 @@ def prepare(
       progress: function (iterable, title) -> iterable that shows progress.
       process_index, process_count: which of the processes this is.
       barrier: function (name) that returns when every process has called it.
-      **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order.
+      **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order; and axes,
+        () for those that suit slices or volumes.
     Returns:
       (store, plan): CaseStore, Plan.
     Raises:
@@ -58,7 +59,9 @@ def prepare(
     if process_index > 0:
         barrier("plan")  # until the first has made it
     chosen = [case for case in dataset.cases if case.case_id in set(plan_ids)]
-    axes = _axes(survey, plan_ids, slices) if saved_plan is None else saved_plan.axes
+    wanted_axes = options.pop("axes", ())
+    axes = wanted_axes or _axes(survey, plan_ids, slices)
+    axes = axes if saved_plan is None else saved_plan.axes
     wanted = repr((sha256, sorted(plan_ids), sorted(options.items()), CaseBuilder.VERSION))
     if border_weight:
         wanted += repr(sorted(border_weight.items()))

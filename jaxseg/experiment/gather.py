@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -64,29 +63,50 @@ class Data:
         return len(self.dataset.class_names)
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A dataset that was read once, before it is known how it is prepared.
+
+    Attributes:
+      dataset, sha256, digests: of `Data`.
+      survey: what was found in each case.
+      splits: by fold a dict from "train", "val", "test" to case ids.
+      planned: ids of the cases that plans are made from.
+    """
+
+    dataset: cases.Dataset
+    survey: Survey
+    sha256: str
+    digests: dict[str, list[str]]
+    splits: dict[int, dict[str, list[str]]]
+    planned: list[str]
+
+
 def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> Data:
-    """Finds the dataset, splits it by subject, prepares it or finds it prepared.
+    """Finds the dataset and splits it, and prepares it or finds it prepared.
 
     Args:
-      config: validated ConfigDict.
+      config: validated ConfigDict that leaves nothing open.
       log: where to say what is done.
       saved_plan: of the run that goes on; None makes one.
     Raises:
       DatasetProblems, SplitProblem, OSError: the data can not be used.
       ConfigProblems: not by such a network.
     """
+    return prepare_data(config, find_data(config, log, saved_plan), log, saved_plan)
+
+
+def find_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> Found:
+    """Finds the dataset, reads every case once, or knows it, and splits it by subject.
+
+    Args, Raises: as `load_data`, but the config may leave fields open.
+    """
     cache_dir = prepared.local_folder(config.data.cache_dir)
-    together: dict[str, Any] = {
-        "cache_dir": os.path.join(cache_dir, "prepared"),
-        "progress": log.progress,
-        "process_index": jax.process_index(),
-        "barrier": parallel.barrier,
-    }
     spacing_from = saved_plan.spacing_from if saved_plan else config.data.spacing_from
     dataset = _found(config, cache_dir, spacing_from, log)
-    if len(config.data.patch_size) == 3 and not is_volume(dataset.cases[0].image_path):
-        raise ConfigProblems(["the data are pictures: data.patch_size must have 2 entries"])
-    survey, sha256, digests = survey_once(dataset, strict=config.data.strict, **together)
+    survey, sha256, digests = survey_once(
+        dataset, strict=config.data.strict, **_together(config, log)
+    )
     for line in describe(survey, dataset.class_names):
         log.text(line)
     splits_of = {fold: make_split(config, dataset, fold, survey) for fold in _folds_of(config)}
@@ -96,23 +116,44 @@ def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> D
     _check_foreground(dataset, survey, splits_of.values())
     # Folds share one preparation, so none is measured on its own training cases alone.
     planned = split["train"] + (split["val"] if _cross_validates(config, dataset) else [])
+    return Found(dataset, survey, sha256, digests, splits_of, planned)
+
+
+def prepare_data(
+    config: ConfigDict, found: Found, log: Log, saved_plan: Plan | None = None
+) -> Data:
+    """Prepares a dataset that was found, or finds it prepared; as `load_data`."""
+    dataset, survey = found.dataset, found.survey
+    if len(config.data.patch_size) == 3 and not is_volume(dataset.cases[0].image_path):
+        raise ConfigProblems(["the data are pictures: data.patch_size must have 2 entries"])
     store, plan = prepared.prepare(
         dataset,
-        planned,
+        found.planned,
         survey=survey,
-        sha256=sha256,
+        sha256=found.sha256,
         slices=len(config.data.patch_size) == 2,
         saved_plan=saved_plan,
         border_weight=border_weight_of(config),
         process_count=jax.process_count(),
-        **together,
+        **_together(config, log),
         **config.preprocess.to_dict(),
     )
-    facts = [survey[case_id] for case_id in split["train"]]
+    facts = [survey[case_id] for case_id in next(iter(found.splits.values()))["train"]]
     for line in advice.about_axes(config, dataset, facts, plan):
         log.text(line)
-    splits_of_members = tuple(splits_of[member.fold] for member in members_of(config))
-    return Data(dataset, splits_of_members, store, plan, sha256, digests)
+    splits_of_members = tuple(found.splits[member.fold] for member in members_of(config))
+    return Data(dataset, splits_of_members, store, plan, found.sha256, found.digests)
+
+
+def _together(config, log):
+    """What several processes share their work by."""
+    cache_dir = prepared.local_folder(config.data.cache_dir)
+    return {
+        "cache_dir": os.path.join(cache_dir, "prepared"),
+        "progress": log.progress,
+        "process_index": jax.process_index(),
+        "barrier": parallel.barrier,
+    }
 
 
 def _folds_of(config):

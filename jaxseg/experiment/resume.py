@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
+from jaxseg.config_planned import decided, undecided
 from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.gather import Data
 from jaxseg.experiment.setup import RunProblem
@@ -22,6 +23,15 @@ def refuse_another_experiment(workdir: str, config: ConfigDict) -> None:
     changes = config_lib.differences(saved, config_lib.to_json(config))
     if changes:
         raise RunProblem(_another_run(workdir, changes))
+
+
+def complete_as_saved(workdir: str, config: ConfigDict) -> ConfigDict:
+    """The config, what it leaves open being as it was decided for the run in a folder."""
+    if not undecided(config):
+        return config
+    content = read_json(os.path.join(workdir, "config.json"), ("data", "model"))
+    saved = config_lib.from_json(json.dumps(content))
+    return decided(config, config_lib.flatten(saved))
 
 
 def refuse_other_data(workdir: str, data: Data) -> None:

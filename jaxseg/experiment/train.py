@@ -13,14 +13,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
-from jaxseg import parallel
+from jaxseg import config_checks, parallel
+from jaxseg.config_planned import undecided
 from jaxseg.data import splits
 from jaxseg.data.cases import DatasetProblems
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.assess import assess
 from jaxseg.experiment.interrupts import stop_requests
 from jaxseg.experiment.members import kind_of_members
+from jaxseg.experiment.planned import fingerprint_json, resolved
 from jaxseg.experiment.resume import (
+    complete_as_saved,
     describe_data,
     refuse_another_experiment,
     refuse_other_data,
@@ -58,9 +61,9 @@ def train(config: ConfigDict) -> int | None:
       WeightsProblem, TransferProblem: the weights to start from can not be used.
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
-    check_batch_size(config, build.create_layout(config))
-    build.margin_of(config)
     workdir = workdir_of(config)
+    if not undecided(config):
+        check_fits(config)
     checkpoints = os.path.join(workdir, "checkpoints")
     if not os.path.exists(checkpoints):
         build.check_initial_weights(config)
@@ -70,6 +73,7 @@ def train(config: ConfigDict) -> int | None:
         manager = checkpoint.open_checkpoints(checkpoints, keep=config.train.keep_checkpoints)
         try:
             if manager.latest_step() is not None:
+                config = complete_as_saved(workdir, config)
                 refuse_another_experiment(workdir, config)
             log: Log = RunLog(workdir) if is_first else SilentLog()
             with contextlib.closing(log):
@@ -80,13 +84,17 @@ def train(config: ConfigDict) -> int | None:
 
 def _train(config, workdir, manager, log):
     is_new = manager.latest_step() is None
+    plan = None if is_new else saved_plan(workdir)
     with _listing_all(workdir):
-        data = gather.load_data(config, log, None if is_new else saved_plan(workdir))
+        found = gather.find_data(config, log, plan)
+        config = _decided(config, found, log)
+        data = gather.prepare_data(config, found, log, plan)
     if not is_new:
         refuse_other_data(workdir, data)
     elif jax.process_index() == 0:
         writers.write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
         writers.write_text(os.path.join(workdir, "plan.json"), data.plan.to_json())
+        writers.write_text(os.path.join(workdir, "fingerprint.json"), fingerprint_json(found))
         writers.write_text(os.path.join(workdir, "data.json"), json.dumps(describe_data(data)))
         splits.save_split(os.path.join(workdir, "split.json"), describe_data(data)["split"])
 
@@ -109,6 +117,24 @@ def _train(config, workdir, manager, log):
     if jax.process_index() == 0:
         assess(run, state)
     return None
+
+
+def _decided(config, found, log):
+    """The config with what it leaves open decided for the data; says why it is so."""
+    if not undecided(config):
+        return config
+    config, lines = resolved(config, found.dataset, found.survey, found.planned)
+    config_checks.validate(config)
+    check_fits(config)
+    for line in lines:
+        log.text(line)
+    return config
+
+
+def check_fits(config: ConfigDict) -> None:
+    """Raises RunProblem or ConfigProblems if batch and patch suit neither devices nor network."""
+    check_batch_size(config, build.create_layout(config))
+    build.margin_of(config)
 
 
 @contextlib.contextmanager

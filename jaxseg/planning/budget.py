@@ -1,13 +1,14 @@
 """How large a patch and how many of them a network is trained on."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxseg.planning.network import Style, count_activations
-from jaxseg.planning.topology import Topology, topology_of
+from jaxseg.planning.topology import MIN_EDGE, Topology, topology_of
 
 # Voxels of the patch that is begun with, before it is made smaller; by the number of axes.
 FIRST_VOXELS = {2: 2048**2, 3: 256**3}
@@ -68,6 +69,8 @@ def batch_within(
     num_voxels: float,
     num_labels: int,
     gib: float | None = None,
+    patch_size: Sequence[int] = (),
+    batch_size: int | None = None,
 ) -> Batch:
     """The largest patch, and as many of them, as a preset allows.
 
@@ -78,19 +81,21 @@ def batch_within(
       num_voxels: of all training cases.
       num_labels: background and ignored label included.
       gib: memory of the accelerator, None for the preset's own.
+      patch_size: that the user wants, () for the largest.
+      batch_size: likewise, None for as many as fit.
     """
     rank = len(spacing_mm)
     limit = preset.reference[rank] * (1.0 if gib is None else gib / preset.gib)
     most = limit * (REFERENCE_BATCH[rank] / 2 if preset.shrink_to_two else 1)
-    topology = topology_of(spacing_mm, _first_patch(spacing_mm, median_shape))
-    while (activations := count_activations(topology, num_labels, preset.style)) > most:
-        smaller = _shrunk(topology, spacing_mm, median_shape)
-        if min(smaller.patch_size) < 1 or smaller.patch_size == topology.patch_size:
-            break
-        topology = smaller
+    topology = topology_of(spacing_mm, patch_size or _first_patch(spacing_mm, median_shape))
+    count = functools.partial(count_activations, num_labels=num_labels, style=preset.style)
+    while not patch_size and count(topology) > most and max(topology.patch_size) > MIN_EDGE:
+        topology = _shrunk(topology, spacing_mm, median_shape)
+    activations = count(topology)
     fitting = round(limit / activations * REFERENCE_BATCH[rank])
     covering = round(num_voxels * preset.most_of_dataset / math.prod(topology.patch_size))
-    return Batch(topology, max(MIN_BATCH, min(fitting, covering)), activations)
+    planned = max(MIN_BATCH, min(fitting, covering))
+    return Batch(topology, batch_size or planned, activations)
 
 
 def _first_patch(spacing_mm, median_shape):

@@ -1,12 +1,14 @@
 """The ways to train on a dataset: slices, volumes at full and at low resolution."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxseg.planning.budget import PRESETS, Batch, Preset, batch_within
+from jaxseg.planning.measures import CaseMeasures
 from jaxseg.planning.network import convs_of, features_of
 from jaxseg.planning.normalisation import masked_normalisation, schemes_of
 from jaxseg.planning.target import Target, target_of
@@ -39,6 +41,21 @@ class DatasetFacts:
     num_labels: int
     num_training: int
     relative_size: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What a user has decided; what is empty or None is planned.
+
+    Attributes:
+      spacing_mm: [3] along the axes of a case, not of 3d_lowres.
+      patch_size: [2] or [3] voxels along the axes of the grid.
+      batch_size: patches in a step.
+    """
+
+    spacing_mm: tuple[float, ...] = ()
+    patch_size: tuple[int, ...] = ()
+    batch_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +96,33 @@ class Configuration:
     activations: int
 
 
+def facts_from(
+    measures: Sequence[CaseMeasures], *, channel_names: Sequence[str], num_labels: int
+) -> DatasetFacts:
+    """The facts of cases that were measured.
+
+    Args:
+      measures: of the training cases.
+      channel_names: () where the dataset does not say.
+      num_labels: background and ignored label included.
+    """
+    num_channels = max(len(case.intensities) for case in measures)
+    return DatasetFacts(
+        spacings_mm=[case.spacing_mm for case in measures],
+        shapes=[case.cropped_shape for case in measures],
+        channel_names=channel_names or ("unknown",) * num_channels,
+        num_labels=num_labels,
+        num_training=len(measures),
+        relative_size=float(np.median([case.relative_size for case in measures])),
+    )
+
+
 def configurations_of(
-    facts: DatasetFacts, preset_name: str, gib: float | None = None
+    facts: DatasetFacts,
+    preset_name: str,
+    *,
+    gib: float | None = None,
+    wishes: Wishes = Wishes(),
 ) -> dict[str, Configuration]:
     """The configurations that a preset has for a dataset, by name.
 
@@ -91,24 +133,26 @@ def configurations_of(
       facts: of the training cases.
       preset_name: of `budget.PRESETS`.
       gib: memory of the accelerator, None for the preset's own.
+      wishes: of the user.
     """
     preset = PRESETS[preset_name]
-    target = target_of(facts.spacings_mm, facts.shapes)
+    target = target_of(facts.spacings_mm, facts.shapes, wishes.spacing_mm)
     size = math.prod(target.median_shape)
     made: dict[str, Configuration] = {}
     if target.median_shape[-1] != 1:
-        full = _planned(facts, preset, gib, target, target.spacing_mm, target.median_shape, size)
-        low = _low_resolution(facts, preset, gib, target, full)
+        plan = functools.partial(_planned, facts, preset, gib, target, wishes)
+        full = plan(target.spacing_mm, target.median_shape, size)
+        low = _low_resolution(plan, full)
         if low:
             made["3d_lowres"] = low
         made["3d_fullres"] = dataclasses.replace(full, batch_dice=bool(low))
     flat = _planned(
-        facts, preset, gib, target, target.spacing_mm[:2], target.median_shape[:2], size
+        facts, preset, gib, target, wishes, target.spacing_mm[:2], target.median_shape[:2], size
     )
     return made | {"2d": dataclasses.replace(flat, batch_dice=True)}
 
 
-def _planned(facts, preset, gib, target, spacing_mm, median_shape, size):
+def _planned(facts, preset, gib, target, wishes, spacing_mm, median_shape, size):
     batch = batch_within(
         preset,
         spacing_mm,
@@ -116,6 +160,8 @@ def _planned(facts, preset, gib, target, spacing_mm, median_shape, size):
         num_voxels=size * facts.num_training,
         num_labels=facts.num_labels,
         gib=gib,
+        patch_size=wishes.patch_size if len(wishes.patch_size) == len(spacing_mm) else (),
+        batch_size=wishes.batch_size,
     )
     return _configuration(facts, preset, target, spacing_mm, median_shape, batch)
 
@@ -149,7 +195,7 @@ def _configuration(
     )
 
 
-def _low_resolution(facts, preset, gib, target, full):
+def _low_resolution(plan, full):
     """On a grid so coarse that a patch shows enough; None if that is not worth it."""
     spacing = np.array(full.spacing_mm)
     size, low = math.prod(full.median_shape), None
@@ -160,7 +206,7 @@ def _low_resolution(facts, preset, gib, target, full):
         shape = np.array(full.spacing_mm) / spacing * np.array(full.median_shape)
         size = float(np.prod(shape))
         rounded = tuple(round(n) for n in shape.tolist())
-        low = _planned(facts, preset, gib, target, spacing.tolist(), rounded, size)
+        low = plan(spacing.tolist(), rounded, size)
         shown = math.prod(low.patch_size)
     worth_it = low is not None and math.prod(full.median_shape) / size >= WORTH_IT
     return low if worth_it else None

@@ -28,7 +28,11 @@ class Target:
     is_coarse: bool = False
 
 
-def target_of(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]) -> Target:
+def target_of(
+    spacings_mm: Sequence[Sequence[float]],
+    shapes: Sequence[Sequence[int]],
+    wanted_mm: Sequence[float] = (),
+) -> Target:
     """The grid for cases.
 
     The spacing is the median, but along an axis with large steps and few voxels the 10th percentile
@@ -38,6 +42,7 @@ def target_of(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[
     Args:
       spacings_mm: [N, 3] of each case.
       shapes: [N, 3] voxels of each, cropped to what is not background.
+      wanted_mm: [3] spacing that the user wants; () for that of the rule.
     """
     spacings, sizes = np.asarray(spacings_mm, np.float64), np.asarray(shapes)
     target = np.percentile(spacings, 50, axis=0)
@@ -48,7 +53,9 @@ def target_of(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[
     is_coarse = bool(
         target[coarsest] > ANISOTROPY * most and ANISOTROPY * size[coarsest] < size[others].min()
     )
-    if is_coarse:
+    if len(wanted_mm):
+        target, is_coarse = np.asarray(wanted_mm, np.float64), False
+    elif is_coarse:
         found = float(np.percentile(spacings[:, coarsest], COARSE_PERCENTILE))
         target[coarsest] = found if found >= most else most + 1e-5
     # Where rounding decides, as nnU-Net rounds: half to even.

@@ -1,0 +1,31 @@
+"""How a configuration is trained: which turns, zooms and mirrorings its patches bear."""
+
+from typing import Any
+
+from jaxseg.planning.configurations import Configuration
+
+# Volumes that are so much longer along one axis than along the last turn in plane alone.
+FLAT = 3.0
+# Slices that are so much longer than wide turn little.
+LONG = 1.5
+
+
+def recipe_of(made: Configuration, *, left_right: int | None) -> dict[str, Any]:
+    """Values of config fields, as in nnU-Net; but sides that are classes are never exchanged.
+
+    Args:
+      made: Configuration.
+      left_right: axis of the patch along which left and right are classes of their own, or None.
+    """
+    patch = made.patch_size
+    flat = len(patch) == 3 and max(patch) / patch[-1] > FLAT
+    if len(patch) == 3:
+        most = 180.0 if flat else 30.0
+    else:
+        most = 15.0 if max(patch) / min(patch) > LONG else 180.0
+    return {
+        "augment.rotation.range_deg": (-most, most),
+        "augment.rotation.in_plane": flat,
+        "augment.scaling.in_plane": flat,
+        "augment.flip.axes": tuple(axis for axis in range(len(patch)) if axis != left_right),
+    }
