@@ -47,6 +47,7 @@ FIELDS: dict[str, Any] = {
     "plan": {
         "preset": "",  # how large the network is; auto: nnunet, without an accelerator compact
         "configuration": "auto",  # slices or volumes; auto: as suits the data
+        "file": "",  # decisions that jaxseg.plan wrote, in the place of new ones
     },
     "split": {
         "seed": 0,  # of who is in which set, so that `seed` repeats a run on the same

@@ -14,11 +14,12 @@ ROOT = pathlib.Path(jaxseg.__file__).parent
 
 # From the ground up, in the order in which a scan comes down. Rooms of one floor know nothing of
 # each other. A file at the door is a room of its own; so is what `python -m jaxseg.models` does.
-VERBS = {"main", "predict", "evaluate", "export", "reproduce", "models.__main__"}
+VERBS = {"main", "plan", "predict", "evaluate", "export", "reproduce", "models.__main__"}
 GROUND = {
     "command",
     "config",
     "config_checks",
+    "config_planned",
     "config_reference",
     "geometry",
     "models",

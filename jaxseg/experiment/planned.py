@@ -1,13 +1,15 @@
 """What a config leaves open, decided by a plan for the data, each decision with its reason."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from jaxseg.config import flatten
+from jaxseg.config import ConfigProblems, flatten
 from jaxseg.config_planned import decided, undecided
 from jaxseg.data.cases import Dataset
 from jaxseg.data.formats.registry import is_volume
@@ -124,15 +126,41 @@ def resolved(
     Returns:
       (config, lines): ConfigDict, and what was decided and why, for the log.
     """
-    planned = plan_for(config, dataset, survey, case_ids)
-    values = values_of(planned, dataset)
+    if config.plan.file:
+        values = read_decisions(os.path.expanduser(config.plan.file))
+        lines = [f"plan: {config.plan.file}", *(f"  {name}: {values[name]}" for name in values)]
+    else:
+        planned = plan_for(config, dataset, survey, case_ids)
+        values = values_of(planned, dataset)
+        lines = [f"plan: {planned.preset} {planned.name}, {planned.why}"]
+        reasons = reasons_of(planned.name, planned.configuration, planned.facts, planned.preset)
+        lines += [f"  {what}: {value} ({why})" for what, value, why in reasons]
     complete = decided(config, values)
     fields = flatten(config)
-    lines = [f"plan: {planned.preset} {planned.name}, {planned.why}"]
-    reasons = reasons_of(planned.name, planned.configuration, planned.facts, planned.preset)
-    lines += [f"  {what}: {value} ({why})" for what, value, why in reasons]
     obeyed = [name for name in values if fields[name] is not None]
     if obeyed:
         lines.append(f"  set by you: {', '.join(f'{name} {fields[name]}' for name in obeyed)}")
-    assert not undecided(complete)
+    if missing := undecided(complete):
+        raise ConfigProblems(
+            f"{name} is decided neither by the config nor by plan.file" for name in missing
+        )
     return complete, lines
+
+
+def read_decisions(path: str) -> dict[str, Any]:
+    """The decisions in a file that `plan_folder` wrote.
+
+    Raises:
+      ConfigProblems: It can not be read as such.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {name: _tuples(value) for name, value in json.load(file)["decisions"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigProblems(
+            [f"plan.file {path!r}: no plan can be read ({error!r}); write one with jaxseg.plan"]
+        ) from None
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -10,8 +10,8 @@ from jaxseg.data import augment as A
 OFF = {
     "flip": {"prob": 0.0, "axes": (0, 1, 2)},
     "elastic": {"prob": 0.0, "spacing_voxels": 8, "range_magnitude_voxels": (3.0, 3.0)},
-    "scaling": {"prob": 0.0, "range": (0.7, 1.4)},
-    "rotation": {"prob": 0.0, "range_deg": (-180.0, 180.0)},
+    "scaling": {"prob": 0.0, "range": (0.7, 1.4), "in_plane": False},
+    "rotation": {"prob": 0.0, "range_deg": (-180.0, 180.0), "in_plane": False},
     "translation": {"prob": 0.0, "range_fraction": (-0.1, 0.1)},
     "noise": {"prob": 0.0, "range_variance": (0.0, 0.1)},
     "blur": {"prob": 0.0, "range_sigma_voxels": (0.5, 1.0)},
@@ -397,10 +397,29 @@ def test_all_spatial_transforms_together_are_one_sampling_of_the_image():
         ((128, 128), {"rotation": {}, "scaling": {}, "translation": {}}, (284, 284)),
         # the diagonal of 40 x 30 x 20 is 53.9
         ((41, 31, 21), {"rotation": {}}, (55, 55, 55)),
+        # in plane the diagonal of 40 x 30, which is 50; then 50 / 0.7 = 71.4
+        ((41, 31, 21), {"rotation": {"in_plane": True}}, (51, 51, 21)),
+        (
+            (41, 31, 21),
+            {"rotation": {"in_plane": True}, "scaling": {"in_plane": True}},
+            (73, 73, 21),
+        ),
     ],
 )
 def test_region_size_by_hand(patch, options, expected):
     assert A.region_size(patch, with_options(**options)) == expected
+
+
+def test_in_plane_a_volume_turns_and_zooms_as_its_slices_do():
+    image = np.random.default_rng(0).normal(size=(21, 21, 5, 1)).astype(np.float32)
+    for options in (
+        {"rotation": {"range_deg": (30, 30), "in_plane": True}},
+        {"scaling": {"range": (1.3, 1.3), "in_plane": True}},
+    ):
+        whole = warp(image, (13, 13, 5), **options)
+        for z in range(5):
+            alone = warp(image[:, :, z], (13, 13), **options)
+            np.testing.assert_allclose(whole[:, :, z], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("angle", [20.0, 45.0, 180.0])

@@ -1,0 +1,169 @@
+"""What a folder is like and which network fits it, as text and as JSON."""
+
+import ast
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxseg import config_checks
+from jaxseg.config import ConfigProblems, base_config, flatten
+from jaxseg.config_planned import decided, leave_to_plan
+from jaxseg.experiment import build
+from jaxseg.experiment.gather import Found, find_data
+from jaxseg.experiment.planned import Planned, plan_for, values_of
+from jaxseg.models.summary import summarise_model, training_memory
+from jaxseg.planning.measures import CaseMeasures, pooled
+from jaxseg.planning.reasons import reasons_of
+from jaxseg.run import writers
+from jaxseg.run.log import SilentLog
+
+
+def plan_folder(
+    directory: str,
+    *,
+    preset: str = "auto",
+    configuration: str = "auto",
+    settings: Sequence[str] = (),
+    output: str = "",
+) -> str:
+    """Plans for the training cases of a folder.
+
+    Args:
+      directory: as `data.dir` of a config.
+      preset, configuration: as `plan.preset` and `plan.configuration`.
+      settings: "FIELD=VALUE" of other fields.
+      output: JSON file to write the decisions to; "" writes none.
+    Returns:
+      Text for the terminal.
+    Raises:
+      ConfigProblems, DatasetProblems, SplitProblem, OSError: as training.
+    """
+    config = _config_of(directory, preset, configuration, settings)
+    config_checks.validate(config)
+    found = find_data(config, SilentLog())
+    planned = plan_for(config, found.dataset, found.survey, found.planned)
+    values = values_of(planned, found.dataset)
+    complete = decided(config, values)
+    config_checks.validate(complete)
+    if output:
+        decisions = {name: flatten(complete)[name] for name in values}
+        content = {
+            "preset": planned.preset,
+            "configuration": planned.name,
+            "decisions": decisions,
+            "configurations": {
+                name: dataclasses.asdict(made) for name, made in planned.configurations.items()
+            },
+        }
+        writers.write_json(output, content)
+    sections = [
+        [f"{directory}: {found.dataset.layout}, {len(found.dataset.cases)} labelled cases"],
+        *_about_data(found),
+        *_about_configurations(planned),
+        _about_training(complete, found, planned),
+    ]
+    if output:
+        sections.append([f"written to {output}; train with --config.plan.file={output}"])
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _config_of(directory, preset, configuration, settings):
+    config = base_config("unet")
+    leave_to_plan(config)
+    config.data.dir = directory
+    config.plan.preset, config.plan.configuration = preset, configuration
+    problems = []
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        try:
+            if not equals:
+                raise KeyError("write FIELD=VALUE")
+            config.update_from_flattened_dict({name: value})
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append(f"--set={setting}: {error}")
+    if problems:
+        raise ConfigProblems(problems)
+    return config
+
+
+def _about_data(found: Found) -> Iterator[list[str]]:
+    measures = [found.survey[case_id].measures for case_id in found.planned]
+    yield [f"what {len(measures)} training cases are like", *_grid_lines(measures)]
+    names = found.dataset.modalities or [
+        f"channel {n}" for n in range(len(measures[0].intensities))
+    ]
+    rows = [(name, pooled(measures, channel)) for channel, name in enumerate(names)]
+    yield [
+        "intensities of the foreground",
+        *_table(
+            ("channel", "mean", "sd", "min", "0.5 %", "median", "99.5 %", "max"),
+            [(name, *(f"{known[key]:.4g}" for key in _POOLED)) for name, known in rows if known],
+        ),
+    ]
+    yield ["structures, medians of the cases that have them", *_structure_lines(found, measures)]
+
+
+_POOLED = ("mean", "std", "min", "percentile_00_5", "median", "percentile_99_5", "max")
+
+
+def _grid_lines(measures: Sequence[CaseMeasures]) -> list[str]:
+    rows = []
+    for name, values in (
+        ("spacing (mm)", [case.spacing_mm for case in measures]),
+        ("voxels", [case.shape for case in measures]),
+        ("cropped to what is not 0", [case.cropped_shape for case in measures]),
+    ):
+        low, median, high = np.percentile(np.asarray(values, float), [0, 50, 100], axis=0)
+        rows.append((name, *(" x ".join(f"{n:.4g}" for n in of) for of in (low, median, high))))
+    return _table(("", "lowest", "median", "highest"), rows)
+
+
+def _structure_lines(found: Found, measures: Sequence[CaseMeasures]) -> list[str]:
+    rows = []
+    for index, name in enumerate(found.dataset.class_names[1:]):
+        there = [
+            (case.structures[index], float(np.prod(case.spacing_mm)))
+            for case in measures
+            if case.structures and case.structures[index].voxels
+        ]
+        if not there:
+            rows.append((name, "0", "", "", ""))
+            continue
+        volume = np.median([of.voxels * voxel_mm3 / 1000 for of, voxel_mm3 in there])
+        extent = np.median([of.extent_mm for of, _ in there], axis=0)
+        pieces = np.median([of.components for of, _ in there])
+        size = " x ".join(f"{mm:.3g}" for mm in extent)
+        rows.append((name, str(len(there)), f"{volume:.4g}", size, f"{pieces:.3g}"))
+    return _table(("class", "cases", "ml", "extent (mm)", "pieces"), rows)
+
+
+def _about_configurations(planned: Planned) -> Iterator[list[str]]:
+    for name, made in planned.configurations.items():
+        chosen = f", which is trained: {planned.why}" if name == planned.name else ""
+        reasons = reasons_of(name, made, planned.facts, planned.preset)
+        yield [f"{planned.preset} {name}{chosen}", *_table((), list(reasons))]
+
+
+def _about_training(complete: ConfigDict, found: Found, planned: Planned) -> list[str]:
+    model = build.create_model_for(complete, len(found.dataset.class_names))
+    shape = (*complete.data.patch_size, len(planned.facts.channel_names))
+    kept = training_memory(model, shape) * complete.train.batch_size / 2**30
+    return [
+        summarise_model(model, shape),
+        f"kept for the gradient of a batch of {complete.train.batch_size}: {kept:.3g} GiB",
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    everything = [*([head] if head else []), *rows]
+    widths = [max(map(len, column)) for column in zip(*everything, strict=True)]
+    return [
+        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in everything
+    ]

@@ -1,0 +1,178 @@
+"""What a config leaves open, decided for the data: obeyed, explained, kept when a run goes on."""
+
+import json
+import os
+import pathlib
+import signal
+
+import pytest
+
+from jaxseg import config as config_lib
+from jaxseg.config import ConfigProblems, base_config, flatten
+from jaxseg.config_checks import validate
+from jaxseg.config_planned import PLANNED, decided, leave_to_plan, undecided
+from jaxseg.data import pipeline
+from jaxseg.experiment import plan_folder, planned, train
+from jaxseg.experiment.gather import find_data
+from jaxseg.run import log as run_log
+
+
+def open_config(data, tmp_path, **changes):
+    config = base_config("unet")
+    leave_to_plan(config)
+    config.plan.preset = "compact"
+    config.data.dir, config.data.cache_dir = str(data), str(tmp_path / "cache")
+    config.workdir = str(tmp_path / "run")
+    config.update_from_flattened_dict(
+        {
+            "train.num_steps": 6,
+            "train.eval_every": 6,
+            "train.checkpoint_every": 2,
+            "optim.warmup_steps": 2,
+        }
+        | changes
+    )
+    return config
+
+
+def resolve(config):
+    found = find_data(config, run_log.SilentLog())
+    return planned.resolved(config, found.dataset, found.survey, found.planned)
+
+
+def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
+    config = open_config(boxes, tmp_path)
+    assert undecided(config) == sorted(PLANNED)
+    validate(config)
+    complete, lines = resolve(config)
+    assert undecided(complete) == [] and undecided(config) == sorted(PLANNED)
+    validate(complete)
+    # Boxes are 20 x 18 x 8 voxels of 1 x 1 x 2 mm: two halvings across leave z one.
+    assert complete.data.patch_size == (20, 20, 8)
+    assert complete.preprocess.spacing_mm == (1.0, 1.0, 2.0)
+    assert complete.model.strides == ((2, 2, 1), (2, 2, 2))
+    assert complete.model.features == (16, 32, 64)
+    assert complete.augment.flip.axes == (0, 1, 2)
+    assert config_lib.to_json(config_lib.from_json(config_lib.to_json(complete)))
+    text = "\n".join(lines)
+    assert "compact 3d_fullres" in text and "20 x 20 x 8 voxels" in text
+    assert "set by you" not in text
+
+
+def test_what_is_set_is_obeyed_and_the_rest_follows_it(boxes, tmp_path):
+    changes = {"data.patch_size": (16, 16), "train.batch_size": 3}
+    complete, lines = resolve(open_config(boxes, tmp_path, **changes))
+    assert complete.data.patch_size == (16, 16) and complete.train.batch_size == 3
+    assert complete.model.strides == ((2, 2), (2, 2))
+    assert complete.preprocess.axes == (0, 1, 2)
+    assert "set by you: data.patch_size (16, 16), train.batch_size 3" in lines[-1]
+
+
+def test_sides_that_are_classes_are_not_exchanged(make_msd_folder, tmp_path):
+    data = make_msd_folder()
+    description = json.loads((data / "dataset.json").read_text())
+    description["labels"] = {"0": "background", "1": "left kidney", "2": "right kidney"}
+    (data / "dataset.json").write_text(json.dumps(description))
+    complete, _ = resolve(open_config(data, tmp_path))
+    assert complete.augment.flip.axes == (1, 2)
+
+
+def test_without_a_plan_an_open_field_is_a_problem(boxes, tmp_path):
+    config = open_config(boxes, tmp_path, **{"plan.preset": ""})
+    with pytest.raises(ConfigProblems, match=r"data\.patch_size is not set: give it a value"):
+        validate(config)
+
+
+def test_what_is_wrong_is_said_before_the_data_are_read(boxes, tmp_path):
+    config = open_config(boxes, tmp_path, **{"augment.flip.axes": (0, 1, 2)})
+    validate(config)  # of volumes
+    with pytest.raises(ConfigProblems, match=r"1 problem.*\n.*optim\.weight_decay must not be"):
+        validate(open_config(boxes, tmp_path, **{"optim.weight_decay": -1.0}))
+
+
+def test_killed_and_resumed_it_gives_the_same_bits_and_plans_once(boxes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "assess", lambda run, state: None)
+    whole = open_config(boxes, tmp_path)
+    assert train.train(whole) is None
+    run = pathlib.Path(whole.workdir)
+    saved = config_lib.from_json((run / "config.json").read_text())
+    assert undecided(saved) == [] and saved.data.patch_size == (20, 20, 8)
+    fingerprint = json.loads((run / "fingerprint.json").read_text())
+    assert len(fingerprint["cases"]) == fingerprint["num_cases"] == 6
+    assert "set by you" not in (run / "train.log").read_text()
+
+    again = open_config(boxes, tmp_path, workdir=str(tmp_path / "again"))
+    batches = pipeline.train_batches
+
+    def interrupted(*args, **kwargs):
+        for count, batch in enumerate(batches(*args, **kwargs)):
+            if count == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_batches", interrupted)
+        assert train.train(again) == signal.SIGTERM
+
+    def never(*args):
+        raise AssertionError("the plan is made again")
+
+    monkeypatch.setattr(planned, "plan_for", never)
+    assert train.train(again) is None
+    assert run_log.read_trace(again.workdir) == run_log.read_trace(whole.workdir)
+
+
+def test_the_text_and_the_file_of_a_plan(boxes, tmp_path):
+    output = tmp_path / "plan.json"
+    text = plan_folder.plan_folder(
+        str(boxes),
+        preset="nnunet",
+        settings=(f"data.cache_dir={tmp_path}/cache", "train.batch_size=5"),
+        output=str(output),
+    )
+    for words in (
+        "20 x 18 x 8",
+        "outer",
+        "nnunet 3d_fullres, which is trained",
+        "nnunet 2d",
+        "parameters",
+        "kept for the gradient of a batch of 5",
+    ):
+        assert words in text
+    content = json.loads(output.read_text())
+    assert content["preset"] == "nnunet" and content["decisions"]["train.batch_size"] == 5
+    assert set(content["decisions"]) == set(PLANNED)
+
+    content["decisions"]["model.features"] = [4, 8, 16]
+    output.write_text(json.dumps(content))
+    complete, lines = resolve(open_config(boxes, tmp_path, **{"plan.file": str(output)}))
+    assert complete.model.features == (4, 8, 16) and complete.train.batch_size == 5
+    assert lines[0] == f"plan: {output}"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"decisions": 3}'])
+def test_a_file_that_holds_no_plan_is_refused(boxes, tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    config = open_config(boxes, tmp_path, **{"plan.file": str(tmp_path / "plan.json")})
+    with pytest.raises(ConfigProblems, match="no plan can be read"):
+        resolve(config)
+    (tmp_path / "plan.json").write_text('{"decisions": {"train.batch_size": 2}}')
+    with pytest.raises(ConfigProblems, match=r"data\.patch_size is decided neither"):
+        resolve(config)
+
+
+def test_settings_that_can_not_be_used_are_all_told(boxes):
+    with pytest.raises(ConfigProblems, match="2 problem") as caught:
+        plan_folder.plan_folder(str(boxes), settings=("data.knd=images", "seed"))
+    assert "--set=data.knd=images" in str(caught.value) and "--set=seed" in str(caught.value)
+
+
+def test_deciding_keeps_what_is_there():
+    config = base_config("unet")
+    values = {"data.patch_size": (8, 8, 8), "train.batch_size": 1}
+    assert flatten(decided(config, values)) == flatten(config)
+    leave_to_plan(config)
+    config.data.patch_size = (16, 16)
+    made = decided(config, values)
+    assert made.data.patch_size == (16, 16) and made.train.batch_size == 1
+    made.optim.learning_rate = [1e-3, 1e-2]
