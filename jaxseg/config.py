@@ -97,6 +97,7 @@ FIELDS: dict[str, Any] = {
     },
     "loss": {
         "name": "dice_cross_entropy",
+        "over_batch": False,  # Dice of the whole batch as of one large patch, not of each patch
         # Weigh gaps between touching cells (Ronneberger et al. 2015 take w0 = 10).
         "border_weight": {"w0": 0.0, "sigma_voxels": 5.0},
     },

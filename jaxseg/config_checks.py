@@ -287,6 +287,13 @@ def _training_problems(config):
         problems.append("init.strict needs an init.checkpoint")
     for entry in optim.groups:
         problems += _group_problems(entry)
+    if config.loss.over_batch and "dice" not in config.loss.name:
+        problems.append(f"loss.over_batch needs a Dice loss, not {config.loss.name!r}")
+    if config.loss.over_batch and (optim.accumulate_steps > 1 or config.parallel.virtual_shards):
+        problems.append(
+            "loss.over_batch needs the whole batch at once: set optim.accumulate_steps to 1 and "
+            "parallel.virtual_shards to 0"
+        )
     if not 0 <= config.seed < 2**31:
         problems.append(f"seed {config.seed} must lie in [0, 2147483647]")
     if optim.warmup_steps < 0 or optim.warmup_steps >= train.num_steps:

@@ -23,6 +23,7 @@ PLANNED = (
     "model.kernel_sizes",
     "model.strides",
     "model.deep_supervision",
+    "loss.over_batch",
     "train.batch_size",
 )
 

@@ -94,7 +94,11 @@ def mapped_step(layout, model=MODEL, by=None, **options):
     axes = {"axis_name": parallel.AXIS_NAME}
     inside = model if "virtual_shards" in options else model.clone(**axes)
     step = functools.partial(
-        train_step, model=inside, loss_fn=dice_cross_entropy_loss, tx=TX, **axes, **options
+        train_step,
+        model=inside,
+        tx=TX,
+        **axes,
+        **({"loss_fn": dice_cross_entropy_loss} | options),
     )
     return parallel.map_train_step(over_members(step, by) if by else step, layout)
 
@@ -200,6 +204,17 @@ def train_members_in_any_order(facts):
     return facts
 
 
+def train_on_dice_of_the_batch(facts):
+    """A step whose Dice is of all examples, on whichever device they are."""
+    layout = parallel.create_layout()
+    loss_fn = functools.partial(
+        dice_cross_entropy_loss, over_batch=True, batch_axis=parallel.AXIS_NAME
+    )
+    step = mapped_step(layout, STRICT_MODEL.clone(dropout=0.0), loss_fn=loss_fn)
+    state = train_for(FEW_STEPS, layout, step, [make_state(STRICT_MODEL)], [0])
+    return facts | flatten(state.params, "of the batch")
+
+
 def forget_the_sum(facts):
     """A step that is told of no device axis: every device goes its own way, and nothing is said."""
     layout = parallel.create_layout()
@@ -298,6 +313,13 @@ def test_many_devices_give_the_predictions_and_sums_of_one(runs, num_devices):
 
 
 @pytest.mark.parametrize("num_devices", COUNTS[1:])
+def test_dice_of_the_batch_is_that_of_all_devices(runs, num_devices):
+    one, many = runs[1], runs[num_devices]
+    for name in names_of(one, "of the batch"):
+        np.testing.assert_allclose(many[name], one[name], rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("num_devices", COUNTS[1:])
 def test_sums_in_one_order_give_the_same_bits_on_any_number_of_devices(runs, num_devices):
     one, many = runs[1], runs[num_devices]
     for name in names_of(one, "strict"):
@@ -387,7 +409,7 @@ if __name__ == "__main__":
     if kind == "strict":
         facts = compare_ways({})
     else:
-        facts = spread_a_batch(train_and_look({}))
+        facts = train_on_dice_of_the_batch(spread_a_batch(train_and_look({})))
         if count == "1":
             facts = train_members_in_any_order(facts)
         if count == "4":

@@ -54,8 +54,11 @@ def margin_of(config: ConfigDict) -> tuple[int, ...]:
 
 
 def loss_fn_for(config: ConfigDict) -> Callable[..., jax.Array]:
-    """The loss that `config.loss` names."""
-    return losses.LOSSES[config.loss.name]
+    """The loss that `config.loss` describes, on devices that share the batch."""
+    loss_fn = losses.LOSSES[config.loss.name]
+    if config.loss.over_batch:
+        return functools.partial(loss_fn, over_batch=True, batch_axis=parallel.AXIS_NAME)
+    return loss_fn
 
 
 def create_tx(config: ConfigDict) -> optax.GradientTransformation:

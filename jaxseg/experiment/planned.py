@@ -106,6 +106,7 @@ def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
         "model.kernel_sizes": made.kernels,
         "model.strides": made.strides[1:],
         "model.deep_supervision": len(made.features) > 3,
+        "loss.over_batch": made.batch_dice,
         "train.batch_size": made.batch_size,
         **recipe_of(made, left_right=left_right if sided else None),
     }

@@ -56,6 +56,10 @@ def reasons_of(
         ", ".join(map(str, made.features)),
         "doubled with every halving, up to a bound",
     )
+    dice = "the whole batch" if made.batch_dice else "each patch"
+    seen = "slice" if name == "2d" else "patch"
+    why = f"a {seen} shows {'little' if made.batch_dice else 'much'} of a case"
+    yield "dice", f"over {dice}", why
     for channel, scheme, inside in zip(
         facts.channel_names, made.normalisation, made.inside_mask, strict=True
     ):

@@ -57,6 +57,8 @@ def soft_dice_loss(
     valid: jax.Array | None = None,
     include_background: bool = False,
     eps: float = 1e-5,
+    over_batch: bool = False,
+    batch_axis: str | None = None,
     space_axis: str | None = None,
 ) -> jax.Array:
     """Soft Dice loss per example, averaged over classes.
@@ -70,6 +72,9 @@ def soft_dice_loss(
       valid: 1 where a voxel counts, [B, *S]; None means all.
       include_background: Whether class 0 enters the mean.
       eps: Smoothing added to both terms, in voxels; more than 0.
+      over_batch: Whether sums are taken over all examples as of one large one, whose loss each has:
+        for patches of which few show a class (nnU-Net's "batch Dice").
+      batch_axis: Device axis over which the batch is cut; None if it is whole.
       space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32 in [0, 1].
@@ -79,7 +84,8 @@ def soft_dice_loss(
     Reference: Milletari et al. 2016 (V-Net), denominator terms not squared.
     """
     log_probs, one_hot, valid = _per_pixel(logits, label, valid)
-    return _soft_dice(log_probs, one_hot, valid, include_background, eps, space_axis)
+    counts = _soft_counts(log_probs, one_hot, valid, include_background, space_axis)
+    return _soft_dice(_of_batch(counts, over_batch, batch_axis), eps)
 
 
 def dice_cross_entropy_loss(
@@ -92,6 +98,8 @@ def dice_cross_entropy_loss(
     class_weights: Sequence[float] | None = None,
     include_background: bool = False,
     eps: float = 1e-5,
+    over_batch: bool = False,
+    batch_axis: str | None = None,
     space_axis: str | None = None,
 ) -> jax.Array:
     """Weighted sum of `soft_dice_loss` and `cross_entropy_loss`, sharing one softmax.
@@ -105,6 +113,8 @@ def dice_cross_entropy_loss(
       class_weights: Of the cross-entropy, C numbers; None means equal.
       include_background: Of the soft Dice loss.
       eps: Of the soft Dice loss, in voxels.
+      over_batch: Of the soft Dice loss.
+      batch_axis: Device axis over which the batch is cut; None if it is whole.
       space_axis: Device axis over which volumes are cut; None if these are whole.
     Returns:
       [B] float32.
@@ -113,7 +123,8 @@ def dice_cross_entropy_loss(
     Reference: Isensee et al. 2021 (nnU-Net).
     """
     log_probs, one_hot, valid = _per_pixel(logits, label, valid)
-    dice = _soft_dice(log_probs, one_hot, valid, include_background, eps, space_axis)
+    counts = _soft_counts(log_probs, one_hot, valid, include_background, space_axis)
+    dice = _soft_dice(_of_batch(counts, over_batch, batch_axis), eps)
     cross_entropy = _cross_entropy(log_probs, one_hot, valid, class_weights, space_axis)
     return dice_weight * dice + ce_weight * cross_entropy
 
@@ -281,8 +292,8 @@ def _cross_entropy(log_probs, one_hot, valid, class_weights, space_axis):
     return _weighted_mean(-_at_label(log_probs, one_hot), valid, space_axis)
 
 
-def _soft_dice(log_probs, one_hot, valid, include_background, eps, space_axis):
-    tp, fp, fn = _soft_counts(log_probs, one_hot, valid, include_background, space_axis)
+def _soft_dice(counts, eps):
+    tp, fp, fn = counts
     # 1 - (2 tp + eps) / (2 tp + fp + fn + eps) without the cancellation: never leaves [0, 1].
     wrong = fp + fn
     return jnp.mean(wrong / (2 * tp + wrong + eps), axis=-1)
@@ -302,6 +313,16 @@ def _soft_counts(log_probs, one_hot, valid, include_background, space_axis):
     fp = jnp.sum(jnp.where(one_hot, 0, probs) * valid, axis=1)
     fn = jnp.sum(jnp.where(one_hot, 1 - probs, 0) * valid, axis=1)
     return _over_parts((tp, fp, fn), space_axis)
+
+
+def _of_batch(counts, over_batch, batch_axis):
+    """Counts [B, K] of each example or, for each the same, of all of them on all devices."""
+    if not over_batch:
+        return counts
+    sums = [jnp.sum(count, axis=0, keepdims=True) for count in counts]
+    if batch_axis is not None:
+        sums = lax.psum(sums, batch_axis)
+    return [jnp.broadcast_to(of, count.shape) for of, count in zip(sums, counts, strict=True)]
 
 
 def _at_label(values, one_hot):

@@ -156,6 +156,24 @@ def test_value_and_gradient_match_oracle(name, options, shape):
     assert np.all(gradient[valid == 0] == 0)
 
 
+@pytest.mark.parametrize("name", ["soft_dice", "dice_cross_entropy"])
+def test_dice_of_a_batch_is_that_of_its_examples_as_one(name):
+    logits, label, valid = random_inputs((3, 6, 4, 3))
+    valid[1] = 0  # a filler
+    losses, gradient = value_and_grad(name, logits, label, valid, over_batch=True)
+    as_one = [array.reshape(1, 18, *array.shape[2:]) for array in (logits, label, valid)]
+    dice, dice_gradient = value_and_grad("soft_dice", *as_one)
+    cross_entropy = cross_entropy_gradient = 0.0
+    if name == "dice_cross_entropy":
+        cross_entropy, cross_entropy_gradient = value_and_grad(
+            "cross_entropy", logits, label, valid
+        )
+    np.testing.assert_allclose(losses, dice[0] + np.zeros(3) + cross_entropy, rtol=1e-6)
+    # Each of three examples has the loss of the batch.
+    expected = 3 * dice_gradient.reshape(logits.shape) + cross_entropy_gradient
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_all_pixels_count_without_valid(name):
     logits, label, _ = random_inputs(SHAPE_2D)
