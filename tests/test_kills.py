@@ -187,10 +187,11 @@ def assert_same_run(workdir, expected, template, scratch):
 
 
 @pytest.fixture(scope="module")
-def in_a_new_process(command, config_file):
+def in_a_new_process(command, config_file, uninterrupted):
     """Folder of the same run in a true new process, which compiled for itself, and its pid.
 
-    While it trained, a second run was started in the same folder; it has ended.
+    While it trained, a second run was started in the same folder; it has ended. (What it is forked
+    from is ready: another run was before.)
     """
     workdir = config_file.parent / "new_process"
     line = [sys.executable, "-m", *command_line(config_file, workdir)]

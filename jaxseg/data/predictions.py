@@ -229,9 +229,13 @@ def _channel_groups(paths, num_channels):
             break
         groups.setdefault(match[1], {})[int(match[2])] = path
     else:
-        if all(sorted(group) == list(range(num_channels)) for group in groups.values()):
+        are_pictures = not any(map(registry.is_volume, paths))  # which hold all of their colours
+        if all(
+            sorted(group) == list(range(num_channels)) or (are_pictures and list(group) == [0])
+            for group in groups.values()
+        ):
             return [
-                (stem, [group[number] for number in range(num_channels)])
+                (stem, [group[number] for number in sorted(group)])
                 for stem, group in groups.items()
             ]
     return [(stem, [path]) for path, stem in stems.items()]

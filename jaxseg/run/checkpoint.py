@@ -294,7 +294,8 @@ def _damage_in(folder):
 
     Array by array, since Orbax reads all at once and, if that fails, leaves a traceback for each.
     """
-    for path in (folder / "state" / "_METADATA", *(folder / "state" / "array_metadatas").iterdir()):
+    state = folder / "state"
+    for path in (state / "_METADATA", *state.glob("array_metadatas/*")):
         _read_json(path)
     texts = {name: _read_json(folder / name / "metadata") for name in ("config", "plan", "data")}
     metrics_path = folder / "metrics" / "metrics"

@@ -193,6 +193,15 @@ def test_channels_that_are_files(tmp_path):
     assert len(with_other) == 5
 
 
+def test_a_picture_that_holds_its_colours_is_named_without_its_number(tmp_path):
+    make_files(tmp_path / "in", "a_0000.png", "b_0000.png")
+    found = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 3)
+    assert [case.case_id for case in found] == ["a", "b"]
+    make_files(tmp_path / "volumes", "a_0000.mha")
+    found = predictions.find_images(tmp_path / "volumes", tmp_path / "out", ("label",), False, 3)
+    assert [case.case_id for case in found] == ["a_0000"]
+
+
 def test_two_processes_write_down_what_they_do_in_one_folder(tmp_path):
     halves = []
     for half in range(2):

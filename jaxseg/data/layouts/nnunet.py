@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
+from jaxseg.data.formats.registry import PICTURE_SUFFIXES
 from jaxseg.data.label_values import LabelCoding, class_problems
 from jaxseg.data.layouts import listing
 from jaxseg.data.layouts.wanted import Wanted
@@ -132,7 +133,8 @@ def _table_cases(path, table, num_channels, problems):
             )
             continue
         images = [listing.resolved(path.parent, str(name)) for name in images]
-        if len(images) != num_channels:
+        in_one = len(images) == 1 and images[0].lower().endswith(PICTURE_SUFFIXES)
+        if not in_one and len(images) != num_channels:
             problems.append(
                 f"{path}: case {case_id} lists {len(images)} images for {num_channels} channels; "
                 "list one for each"
@@ -163,7 +165,9 @@ def _folder_cases(root, suffix, ending, num_channels, problems, notes):
     notes += listing.unused_files(others, f"not named CASE_0000{ending}, left out")
     cases = []
     for case_id, channels in by_case.items():
-        if sorted(channels) != list(range(num_channels)):
+        # A picture may hold all of its colours, as nnU-Net has them; their number is verified.
+        in_one = ending.lower() in PICTURE_SUFFIXES and list(channels) == [0]
+        if not in_one and sorted(channels) != list(range(num_channels)):
             problems.append(
                 f"{images}: case {case_id} has channels {sorted(channels)}, where dataset.json "
                 f"names {num_channels}; copy those that are missing, or correct dataset.json"

@@ -80,15 +80,22 @@ def _rows(path, problems):
             file.seek(0)
             delimiter = max(",;\t", key=sample.count)
             reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
+            columns = [_heading(name) for name in reader.fieldnames or []]
             reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
+            # Spreadsheets leave rows of empty cells behind.
+            rows = [(reader.line_num, row) for row in reader if any(row.values())]
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path}: not a readable table ({error}); save it as CSV in UTF-8")
         return [], []
     if not columns:
         problems.append(f"{path}: is empty; write case,image,label and a line for each case")
     return columns, rows
+
+
+def _heading(name):
+    """The name of a column, in small letters but for what names a channel."""
+    first, rest, channel = name.strip().partition("_")
+    return first.lower() + rest + channel
 
 
 def _case(path, number, row, images, problems):

@@ -58,6 +58,28 @@ def test_an_nnunet_folder(nnunet_root):
     assert dataset.split_file == "splits_final.json" and not dataset.notes
 
 
+def test_colours_of_nnunet_are_one_picture(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.png", "labelsTr/a.png")
+    content = NNUNET | {"channel_names": {"0": "R", "1": "G", "2": "B"}, "numTraining": 1}
+    describe(tmp_path, **(content | {"file_ending": ".png"}))
+    (case,) = find.find_dataset(tmp_path, Wanted()).cases
+    assert case.image_paths == (str(tmp_path / "imagesTr/a_0000.png"),)
+    touch(tmp_path, "imagesTr/b_0000.png", "imagesTr/b_0001.png", "labelsTr/b.png")
+    (problem,) = problems_of(find.find_dataset, tmp_path, Wanted())
+    assert "case b has channels [0, 1], where dataset.json names 3" in problem
+
+
+def test_a_table_as_a_spreadsheet_writes_it(tmp_path):
+    touch(tmp_path, "i/a.nii", "l/a.nii")
+    rows = b"\xef\xbb\xbfCase;Image_T1;Label;Subject\r\na;i\\a.nii;l\\a.nii;x\r\n;;;\r\n"
+    (tmp_path / "cases.csv").write_bytes(rows)
+    wanted = Wanted(class_names=("background", "a"), coding=LabelCoding((0, 1)))
+    dataset = table.find(tmp_path, wanted)
+    label = str(tmp_path / "l/a.nii")
+    assert dataset.cases == (Case("a", (str(tmp_path / "i/a.nii"),), label, subject="x"),)
+    assert dataset.modalities == ("T1",)
+
+
 def test_the_ignore_label_of_nnunet_counts_for_nothing(nnunet_root):
     describe(nnunet_root, **NNUNET | {"labels": {"background": 0, "organ": 1, "ignore": 2}})
     dataset = nnunet.find(nnunet_root)
