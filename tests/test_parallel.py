@@ -29,7 +29,7 @@ TOLERANCE = 2e-5  # of a parameter, after up to 50 steps of 0.01
 NUM_STEPS = 50
 BATCH_SIZE = 8
 MODEL = UNet(3, features=(4, 8), num_convs=1, norm="batch", dropout=0.5)
-STRICT_MODEL = UNet(3, features=(4, 8), num_convs=1, dropout=0.5)
+STRICT_MODEL = UNet(3, features=(4,), num_convs=1, dropout=0.5)
 TX = create_optimizer("adamw", lambda _: 1.0, weight_decay=0.1, clip_norm=1.0)
 RATE = np.float32(0.01)
 SCRIPT = """
@@ -281,9 +281,9 @@ def runs(tmp_path_factory, fork, quick):
     return seen
 
 
-def names_of(facts, *prefixes):
+def names_of(facts, *prefixes, at_least=10):
     names = [name for name in facts if name.startswith(prefixes)]
-    assert len(names) > 10
+    assert len(names) >= at_least
     return names
 
 
@@ -315,14 +315,14 @@ def test_many_devices_give_the_predictions_and_sums_of_one(runs, num_devices):
 @pytest.mark.parametrize("num_devices", COUNTS[1:])
 def test_dice_of_the_batch_is_that_of_all_devices(runs, num_devices):
     one, many = runs[1], runs[num_devices]
-    for name in names_of(one, "of the batch"):
+    for name in names_of(one, "of the batch", at_least=5):
         np.testing.assert_allclose(many[name], one[name], rtol=0, atol=TOLERANCE, err_msg=name)
 
 
 @pytest.mark.parametrize("num_devices", COUNTS[1:])
 def test_sums_in_one_order_give_the_same_bits_on_any_number_of_devices(runs, num_devices):
     one, many = runs[1], runs[num_devices]
-    for name in names_of(one, "strict"):
+    for name in names_of(one, "strict", at_least=5):
         assert many[name].tobytes() == one[name].tobytes(), name
 
 

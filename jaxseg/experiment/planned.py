@@ -16,11 +16,11 @@ from jaxseg.data.formats.registry import is_volume
 from jaxseg.data.verify import Survey
 from jaxseg.experiment.advice import names_a_side
 from jaxseg.experiment.gather import Found
+from jaxseg.planning.budget import Wishes
 from jaxseg.planning.choice import choose
 from jaxseg.planning.configurations import (
     Configuration,
     DatasetFacts,
-    Wishes,
     configurations_of,
     facts_from,
 )
@@ -72,6 +72,7 @@ def plan_for(
         spacing_mm=tuple(config.preprocess.spacing_mm or ()),
         patch_size=tuple(config.data.patch_size or ()),
         batch_size=config.train.batch_size,
+        num_stages=len(config.model.features or ()) or None,
     )
     made = configurations_of(facts, preset, wishes=wishes)
     name, why = choose(made, config.plan.configuration, preset, wishes)

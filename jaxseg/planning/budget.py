@@ -53,6 +53,26 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What a user has decided; what is empty or None is planned.
+
+    Attributes:
+      spacing_mm: [3] along the axes of a case; 3d_lowres begins from it.
+      patch_size: [2] or [3] voxels along the axes of the grid.
+      batch_size: patches in a step.
+      num_stages: resolutions of the network, at most.
+    """
+
+    spacing_mm: tuple[float, ...] = ()
+    patch_size: tuple[int, ...] = ()
+    batch_size: int | None = None
+    num_stages: int | None = None
+
+
+NO_WISHES = Wishes()
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Patches of one step: the topology of the network on one, and how many."""
 
@@ -69,8 +89,7 @@ def batch_within(
     num_voxels: float,
     num_labels: int,
     gib: float | None = None,
-    patch_size: Sequence[int] = (),
-    batch_size: int | None = None,
+    wishes: Wishes = NO_WISHES,
 ) -> Batch:
     """The largest patch, and as many of them, as a preset allows.
 
@@ -81,21 +100,22 @@ def batch_within(
       num_voxels: of all training cases.
       num_labels: background and ignored label included.
       gib: memory of the accelerator, None for the preset's own.
-      patch_size: that the user wants, () for the largest.
-      batch_size: likewise, None for as many as fit.
+      wishes: of the user.
     """
     rank = len(spacing_mm)
     limit = preset.reference[rank] * (1.0 if gib is None else gib / preset.gib)
     most = limit * (REFERENCE_BATCH[rank] / 2 if preset.shrink_to_two else 1)
-    topology = topology_of(spacing_mm, patch_size or _first_patch(spacing_mm, median_shape))
+    patch_size = wishes.patch_size if len(wishes.patch_size) == rank else ()
+    topology_for = functools.partial(topology_of, spacing_mm, most_stages=wishes.num_stages)
+    topology = topology_for(patch_size or _first_patch(spacing_mm, median_shape))
     count = functools.partial(count_activations, num_labels=num_labels, style=preset.style)
     while not patch_size and count(topology) > most and max(topology.patch_size) > MIN_EDGE:
-        topology = _shrunk(topology, spacing_mm, median_shape)
+        topology = _shrunk(topology, topology_for, median_shape)
     activations = count(topology)
     fitting = round(limit / activations * REFERENCE_BATCH[rank])
     covering = round(num_voxels * preset.most_of_dataset / math.prod(topology.patch_size))
     planned = max(MIN_BATCH, min(fitting, covering))
-    return Batch(topology, batch_size or planned, activations)
+    return Batch(topology, wishes.batch_size or planned, activations)
 
 
 def _first_patch(spacing_mm, median_shape):
@@ -106,12 +126,12 @@ def _first_patch(spacing_mm, median_shape):
     return [int(min(round(side), n)) for side, n in zip(sides, median_shape, strict=True)]
 
 
-def _shrunk(topology, spacing_mm, median_shape):
+def _shrunk(topology, topology_for, median_shape):
     """The topology with the axis shortened that shows most of the median case."""
     patch = list(topology.patch_size)
     axis = int(np.argmax([n / m for n, m in zip(patch, median_shape, strict=True)]))
     shorter = [
         n - (i == axis) * d for i, (n, d) in enumerate(zip(patch, topology.divisors, strict=True))
     ]
-    patch[axis] -= topology_of(spacing_mm, shorter).divisors[axis]
-    return topology_of(spacing_mm, patch)
+    patch[axis] -= topology_for(shorter).divisors[axis]
+    return topology_for(patch)

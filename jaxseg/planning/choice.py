@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from jaxseg.planning.configurations import Configuration, Wishes
+from jaxseg.planning.budget import Wishes
+from jaxseg.planning.configurations import Configuration
 
 # Slices this much thicker than wide show little of what is above and below.
 MUCH_THICKER = 3.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxseg.planning.budget import PRESETS, Batch, Preset, batch_within
+from jaxseg.planning.budget import NO_WISHES, PRESETS, Batch, Preset, Wishes, batch_within
 from jaxseg.planning.measures import CaseMeasures
 from jaxseg.planning.network import convs_of, features_of
 from jaxseg.planning.normalisation import masked_normalisation, schemes_of
@@ -41,21 +41,6 @@ class DatasetFacts:
     num_labels: int
     num_training: int
     relative_size: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Wishes:
-    """What a user has decided; what is empty or None is planned.
-
-    Attributes:
-      spacing_mm: [3] along the axes of a case, not of 3d_lowres.
-      patch_size: [2] or [3] voxels along the axes of the grid.
-      batch_size: patches in a step.
-    """
-
-    spacing_mm: tuple[float, ...] = ()
-    patch_size: tuple[int, ...] = ()
-    batch_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +107,7 @@ def configurations_of(
     preset_name: str,
     *,
     gib: float | None = None,
-    wishes: Wishes = Wishes(),
+    wishes: Wishes = NO_WISHES,
 ) -> dict[str, Configuration]:
     """The configurations that a preset has for a dataset, by name.
 
@@ -160,8 +145,7 @@ def _planned(facts, preset, gib, target, wishes, spacing_mm, median_shape, size)
         num_voxels=size * facts.num_training,
         num_labels=facts.num_labels,
         gib=gib,
-        patch_size=wishes.patch_size if len(wishes.patch_size) == len(spacing_mm) else (),
-        batch_size=wishes.batch_size,
+        wishes=wishes,
     )
     return _configuration(facts, preset, target, spacing_mm, median_shape, batch)
 

@@ -30,7 +30,9 @@ class Topology:
         return tuple(math.prod(along) for along in zip(*self.strides, strict=True))
 
 
-def topology_of(spacing_mm: Sequence[float], patch_size: Sequence[int]) -> Topology:
+def topology_of(
+    spacing_mm: Sequence[float], patch_size: Sequence[int], most_stages: int | None = None
+) -> Topology:
     """The topology for patches of at least a size, on a grid of a spacing.
 
     An axis that is `SAME_SPACING` times as coarse as the finest is neither halved nor looked along
@@ -39,12 +41,13 @@ def topology_of(spacing_mm: Sequence[float], patch_size: Sequence[int]) -> Topol
     Args:
       spacing_mm: [D], any unit.
       patch_size: [D] voxels, rounded up to what can be halved.
+      most_stages: where to stop, though more could be halved; None for no such bound.
     """
     spacing, size = list(map(float, spacing_mm)), list(map(int, patch_size))
     axes = range(len(size))
     kernel = [1] * len(size)
     strides, kernels = [(1,) * len(size)], []
-    while halved := _axes_to_halve(spacing, size):
+    while len(strides) != most_stages and (halved := _axes_to_halve(spacing, size)):
         kernel = [
             3 if spacing[axis] / min(spacing) < SAME_SPACING else kernel[axis] for axis in axes
         ]
