@@ -217,7 +217,7 @@ VGG16_WIDTHS = {1: 64, 2: 128, 3: 256, 4: 512, 5: 512}
 class FCN8sVGG16(nn.Module):
     """Long et al. 2015: pads by 100, crops every fusion, sums the scores of pool5, pool4, pool3."""
 
-    def __init__(self, num_classes=21):
+    def __init__(self, num_classes=21, hidden=4096):
         super().__init__()
         self.encoder = nn.Module()
         before = 3
@@ -227,9 +227,9 @@ class FCN8sVGG16(nn.Module):
                 layer = nn.Conv2d(before, VGG16_WIDTHS[stage], 3, padding=pad)
                 self.encoder.add_module(f"conv{stage}_{i}", layer)
                 before = VGG16_WIDTHS[stage]
-        self.fc6 = nn.Conv2d(512, 4096, 7)
-        self.fc7 = nn.Conv2d(4096, 4096, 1)
-        self.score5 = nn.Conv2d(4096, num_classes, 1)
+        self.fc6 = nn.Conv2d(512, hidden, 7)
+        self.fc7 = nn.Conv2d(hidden, hidden, 1)
+        self.score5 = nn.Conv2d(hidden, num_classes, 1)
         self.score4 = nn.Conv2d(512, num_classes, 1)
         self.score3 = nn.Conv2d(256, num_classes, 1)
         self.upsample4 = nn.ConvTranspose2d(num_classes, num_classes, 4, 2, bias=False)

@@ -21,7 +21,7 @@ from jaxseg.run import checkpoint, writers
 from jaxseg.run import log as run_log
 from jaxseg.training import checksum
 
-NUM_STEPS = 20
+NUM_STEPS = 14
 CHECKPOINT_EVERY = 3
 ROOT = pathlib.Path(checkpoint.__file__).parents[2]
 # What a process does: it becomes the command, and notes what it has come to.

@@ -36,9 +36,10 @@ def installed(tmp_path_factory):
         pytest.skip("no package index can be reached, so no environment can be made")
     assert built.returncode == 0, built.stderr
     [wheel] = folder.glob("jaxseg-*.whl")
-    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     programs = folder / "venv" / "bin"
-    done = run(programs / "python", "-m", "pip", "install", "--no-compile", wheel, cwd=folder)
+    pip = (sys.executable, "-m", "pip", "--python", programs / "python")
+    done = run(*pip, "install", "--no-compile", wheel, cwd=folder)
     assert done.returncode == 0, done.stderr
     return programs
 

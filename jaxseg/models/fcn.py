@@ -18,6 +18,7 @@ from jaxseg.models.blocks import (
 
 # How many finer pooling layers lend their scores to the coarsest one.
 NUM_SKIPS = {"32s": 0, "16s": 1, "8s": 2}
+HIDDEN = 4096  # channels of the two layers between encoder and scores, with VGG16
 # Where the paper's networks crop, having padded the image by 100.
 PAPER_PADDING = 100
 POOL_OFFSETS = {4: 5, 3: 9}
@@ -123,7 +124,7 @@ class FCN(nn.Module):
         if self.encoder == "vgg16":
             for name, size in (("fc6", 7), ("fc7", 1)):
                 layer = Conv(
-                    4096, size, padding="valid" if paper else "same", dtype=dtype, name=name
+                    HIDDEN, size, padding="valid" if paper else "same", dtype=dtype, name=name
                 )
                 x = Dropout(self.dropout, self.axis_name)(nn.relu(layer(x)), train)
         else:

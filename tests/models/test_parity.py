@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from jaxseg.models import fcn
 from jaxseg.models.blocks import Style
 from jaxseg.models.encoders import VGG16, ResNet
 from jaxseg.models.fcn import FCN
@@ -294,8 +295,10 @@ def test_published_unet():
     compare_published("U-Net 2015", model, network, (1, 204, 188, 1), 2)
 
 
-def test_published_fcn():
-    network = networks.FCN8sVGG16()
+def test_published_fcn(monkeypatch):
+    # With its 4096 channels (counted in test_fcn) this takes three times as long.
+    monkeypatch.setattr(fcn, "HIDDEN", 64)
+    network = networks.FCN8sVGG16(hidden=64)
     model = FCN(21, encoder="vgg16", features=(), head="8s", padding="paper")
     compare_published("FCN-8s VGG16", model, network, (1, 33, 40, 3), 21)
 
