@@ -1,6 +1,7 @@
 """What the commands share: flags, one clear message at the end, compiled programs, configs."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -23,6 +24,18 @@ EXTRAS = {
     "tensorflow_datasets": "train",
 }
 
+
+# By the number of a system's error.
+_MENDS = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on its disk, or write elsewhere"
+)
+_MENDS |= dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "make it accessible to you, or give another folder"
+)
+_MENDS |= dict.fromkeys(
+    (errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "something else has that name: give another"
+)
+_MENDS[errno.EIO] = "the disk fails: check it, or use another"
 
 # What TensorFlow and XLA read when they are loaded, unless the user has set it.
 ENVIRONMENT = {
@@ -103,11 +116,19 @@ def one_message(name: str, *, interrupted: str = "interrupted") -> Iterator[None
     try:
         yield
     except (Problem, OSError) as error:
-        leave(name, str(error))
+        leave(name, worded(error))
     except ModuleNotFoundError as error:
         leave(name, missing_extra(error))
     except KeyboardInterrupt:
         leave(name, interrupted, status=130)
+
+
+def worded(error: Exception) -> str:
+    """The message of an error that a user can mend; of what the system says, with the mend."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    text = f"{error.filename}: {error.strerror}"
+    return f"{text}; {_MENDS[error.errno]}" if error.errno in _MENDS else text
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:

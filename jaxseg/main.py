@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
                 status=3,
             )
         if isinstance(error, Problem | OSError):
-            _exit(str(error))
+            _exit(command.worded(error))
         if isinstance(error, ModuleNotFoundError):
             _exit(command.missing_extra(error))
         if not _DISTRIBUTED.value:

@@ -92,6 +92,21 @@ def test_one_message_and_no_traceback(capsys):
         raise ZeroDivisionError  # a fault of ours is not hidden
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left", "/a/b"), "/a/b: No space left; free space on its disk, or"),
+        (PermissionError(13, "Permission denied", "/a"), "/a: Permission denied; make it access"),
+        (FileExistsError(17, "File exists", "/a"), "/a: File exists; something else has that"),
+        (OSError(2, "No such file", "/a"), "/a: No such file"),
+        (OSError("/a: our own words"), "/a: our own words"),
+        (ValueError("words"), "words"),
+    ],
+)
+def test_what_the_system_says_is_told_with_the_mend(error, message):
+    assert command.worded(error).startswith(message)
+
+
 def test_of_a_setting_that_comes_twice_the_last_counts():
     argv = ["main", "--config=a.py", "--config.x=(1,2)", "--config.y=1", "--config.x=(3,)"]
     assert command.last_of_each(argv) == [

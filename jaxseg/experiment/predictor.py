@@ -1,6 +1,8 @@
 """A finished run, or an ensemble of them, as a function from an image to its segmentation."""
 
 import dataclasses
+import functools
+import glob
 import hashlib
 import json
 import os
@@ -161,33 +163,67 @@ def segment(predictor: Predictor, image: np.ndarray, affine: np.ndarray) -> dict
 
 
 def _read_run(workdir):
+    if not os.path.exists(os.path.join(workdir, FINISHED_NAME)):
+        raise _unfinished(workdir, f"{FINISHED_NAME} is not there")
+    config = _parsed(workdir, "config", config_lib.from_json)
+    plan = _parsed(workdir, "plan", Plan.from_json)
+    data = _parsed(workdir, "data", _checked_data)
+    finished = _parsed(
+        workdir, "predictor", functools.partial(_checked_choices, len(data["class_names"]))
+    )
     try:
-        texts = {name: _read_text(workdir, f"{name}.json") for name in ("config", "plan", "data")}
-        finished = json.loads(_read_text(workdir, FINISHED_NAME))
-        data = json.loads(texts["data"])
-        postprocess.check_steps(finished["postprocess"]["steps"], len(data["class_names"]))
-        if not finished["temperature"] > 0:
-            raise ValueError(f"its temperature is {finished['temperature']}")
-        config = config_lib.from_json(texts["config"])
         variables = checkpoint.load_variables(
             os.path.join(workdir, "checkpoints"), finished["step"]
         )
-        return {
-            "workdir": workdir,
-            "config": config,
-            "margin": build.margin_of(config),
-            "plan": Plan.from_json(texts["plan"]),
-            "data": data,
-            "finished": finished,
-            "variables": _sets_of(variables, config, finished),
-        }
     except FileNotFoundError as error:
-        raise PredictorProblem(
-            f"{workdir} holds no finished run ({error}); give the --config.workdir of a training "
-            "that has ended, or run its command again to let it finish"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:  # ConfigProblems are ValueErrors
-        raise PredictorProblem(f"{workdir} can not be read: {error!r}") from error
+        raise _unfinished(workdir, error) from None
+    return {
+        "workdir": workdir,
+        "config": config,
+        "margin": build.margin_of(config),
+        "plan": plan,
+        "data": data,
+        "finished": finished,
+        "variables": _sets_of(variables, config, finished),
+    }
+
+
+def _unfinished(workdir, why):
+    return PredictorProblem(
+        f"{workdir} holds no finished run ({why}); give the --config.workdir of a training that "
+        "has ended, or run its command again to let it finish"
+    )
+
+
+def _parsed(workdir, name, parse):
+    """What a JSON file of a run says, by a function of its text."""
+    path = os.path.join(workdir, f"{name}.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse(file.read())
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        copies = sorted(glob.glob(os.path.join(glob.escape(workdir), "checkpoints/*", name)))
+        mend = "bring back a copy, or run the command of its training again, which makes it anew"
+        if copies:
+            mend = f"{copies[-1]}/metadata is a copy, put it there"
+        wrong = error.strerror if isinstance(error, OSError) else repr(error)
+        raise PredictorProblem(f"{path}: can not be read ({wrong}); {mend}") from error
+
+
+def _checked_data(text):
+    data = json.loads(text)
+    for name in ("class_names", "label_values", "num_channels"):
+        data[name]
+    return data
+
+
+def _checked_choices(num_classes, text):
+    finished = json.loads(text)
+    finished["step"]
+    postprocess.check_steps(finished["postprocess"]["steps"], num_classes)
+    if not finished["temperature"] > 0:
+        raise ValueError(f"its temperature is {finished['temperature']}")
+    return finished
 
 
 def _sets_of(variables, config, finished):
@@ -197,11 +233,6 @@ def _sets_of(variables, config, finished):
     if kind_of_members(config) == "rates":
         return member_alone(variables, finished["member"])
     return variables
-
-
-def _read_text(workdir, name):
-    with open(os.path.join(workdir, name), encoding="utf-8") as file:
-        return file.read()
 
 
 def _refuse_other_kind(first, other):

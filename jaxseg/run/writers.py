@@ -27,12 +27,17 @@ def replacing(path: str | Path) -> Iterator[str]:
     """Yields a temporary name beside `path` that takes its place if nothing fails.
 
     No two processes share that name. It ends as `path` does, since a suffix can choose the format.
+    An OSError that names the temporary file, or none, gets the name of `path`.
     """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{socket.gethostname()}.{os.getpid()}.{name}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, temporary):
+            error.filename = os.fspath(path)
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import nibabel
@@ -100,7 +101,16 @@ def test_an_image_unlike_the_training_set_is_flagged_with_the_reason(finished_ru
     [
         (lambda run: (run / "predictor.json").unlink(), "holds no finished run"),
         (lambda run: shutil.rmtree(run / "checkpoints" / "80"), "no checkpoint of step 80"),
-        (lambda run: (run / "plan.json").write_text("{"), "can not be read"),
+        (
+            lambda run: (run / "plan.json").write_text("{"),
+            r"plan\.json: can not be read .*checkpoints/80/plan/metadata is a copy",
+        ),
+        (lambda run: (run / "data.json").unlink(), r"data\.json: can not be read \(No such file"),
+        (lambda run: (run / "config.json").write_text("[]"), r"config\.json: can not be read"),
+        (
+            lambda run: (run / "predictor.json").write_text(""),
+            r"predictor\.json: can not be read .*run the command of its training again",
+        ),
         (
             lambda run: (run / "predictor.json").write_text(
                 '{"step": 80, "temperature": 1, "postprocess": {"steps": [{"name": "exec"}]}}'
@@ -115,6 +125,19 @@ def test_an_unusable_run_is_named(finished_run, tmp_path, change, words):
     with pytest.raises(PredictorProblem, match=words) as caught:
         load_predictor([str(tmp_path / "run")])
     assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_a_file_is_brought_back_from_where_the_message_says(finished_run, tmp_path):
+    for name in ("config", "plan", "data"):
+        run = shutil.copytree(finished_run[0], tmp_path / name)
+        (run / f"{name}.json").write_text("")
+        with pytest.raises(PredictorProblem) as caught:
+            load_predictor([str(run)])
+        (copy,) = re.findall(r"; (\S+) is a copy, put it there", str(caught.value))
+        shutil.copy(copy, run / f"{name}.json")
+        assert (
+            load_predictor([str(run)]).identity == load_predictor([str(finished_run[0])]).identity
+        )
 
 
 def test_what_can_not_be_had_is_refused_before_any_work(finished_run, tmp_path):

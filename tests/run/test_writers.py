@@ -44,6 +44,14 @@ class TextLog:
         self.lines.append(line)
 
 
+@pytest.mark.parametrize("named", [None, "the temporary file"])
+def test_an_error_of_the_system_names_the_file_that_was_to_be(tmp_path, named):
+    path = tmp_path / "a.bin"
+    with pytest.raises(OSError) as caught, replacing(path) as temporary:
+        raise OSError(28, "No space left on device", named and temporary)
+    assert caught.value.filename == str(path)
+
+
 def test_numbers_are_appended_as_json_lines_at_once(open_log, tmp_path):
     log = open_log()
     log.scalars(5, {"loss": np.float32(0.25), "count": np.int64(3)})

@@ -206,6 +206,8 @@ def _nifti_image(path, values, affine, like):
             f"{np.asarray(affine).tolist()}) is not on the grid of {like} (shape "
             f"{list(source.shape[:3])}, affine {places[0].tolist()})"
         )
+    if len(source.shape) == 2 and values.ndim == 3:
+        values = values[:, :, 0]
     image = type(source)(values, None, dtype=values.dtype)  # not the affine, which may be unusable
     for field in _PLACEMENT_FIELDS:
         image.header[field] = source.header[field]

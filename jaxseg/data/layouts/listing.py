@@ -43,11 +43,17 @@ def numbered_names(
     if not isinstance(names, dict) or not names:
         problems.append(f'{path}: "{key}" is missing or empty; write {example}')
         return {}
+    if _are_numbers(names.values()) and not _are_numbers(names):  # as nnU-Net writes them
+        names = {number: name for name, number in names.items()}
     try:
         return {number: str(names[text]) for number, text in sorted((int(t), t) for t in names)}
     except ValueError:
         problems.append(f'{path}: "{key}" has keys {list(names)}, not numbers; write {example}')
         return {}
+
+
+def _are_numbers(values):
+    return all(str(value).isdigit() for value in values)
 
 
 def check_channel_numbers(

@@ -2,6 +2,7 @@
 
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -167,3 +168,13 @@ def test_names_of_formats():
     assert registry.output_suffixes("a.mgh") == (".mgz", ".mgz")
     assert registry.output_suffixes("a.jpg") == (".png", ".tif")
     assert registry.is_image("a.NRRD") and not registry.is_image("a.webp")
+
+
+def test_a_slice_stays_a_slice(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.ones((5, 4), np.uint8), np.eye(4)), tmp_path / "a.nii")
+    read = images.read_image(tmp_path / "a.nii")
+    labels.write_label(
+        tmp_path / "b.nii", np.ones((5, 4, 1), np.uint8), read[1], None, like=tmp_path / "a.nii"
+    )
+    assert nibabel.load(tmp_path / "b.nii").shape == (5, 4)
+    labels.read_label(tmp_path / "b.nii", LabelCoding((0, 1)))

@@ -58,6 +58,14 @@ def test_an_nnunet_folder(nnunet_root):
     assert dataset.split_file == "splits_final.json" and not dataset.notes
 
 
+def test_classes_by_name_in_a_list_of_the_decathlon(tmp_path):
+    labels = {"background": 0, "b": 2, "a": "1"}
+    touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    msd(tmp_path, labels=labels)
+    dataset = decathlon.find(tmp_path)
+    assert dataset.class_names == ("background", "a", "b") and dataset.coding.values == (0, 1, 2)
+
+
 def test_colours_of_nnunet_are_one_picture(tmp_path):
     touch(tmp_path, "imagesTr/a_0000.png", "labelsTr/a.png")
     content = NNUNET | {"channel_names": {"0": "R", "1": "G", "2": "B"}, "numTraining": 1}
