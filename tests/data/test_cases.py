@@ -171,8 +171,8 @@ def test_all_structural_problems_appear_together(msd_root):
     assert all(str(path) in problem or problem.startswith("case a") for problem in problems)
 
 
-def test_labels_the_other_way_round_are_explained(msd_root):
-    write_description(msd_root, labels={"background": 0, "liver": 1})
+def test_labels_that_are_neither_way_round_are_explained(msd_root):
+    write_description(msd_root, labels={"background": 0, "liver": "one"})
     assert_each_once(
         problems_of(decathlon.find, msd_root),
         ["\"labels\" has keys ['background', 'liver'], not numbers"],
