@@ -44,6 +44,12 @@ exec(code)
 """
 COMMAND = 'runpy.run_module(argv[0], run_name="__main__", alter_sys=True)'
 
+SCRIPT = """
+import warnings
+warnings.simplefilter("error")
+runpy.run_path(argv[0], run_name="__main__")
+"""
+
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -139,6 +145,20 @@ def fork(compile_once):
     for process in processes:
         process.kill()
         process.join()
+
+
+@pytest.fixture(scope="session")
+def run_script(fork, tmp_path_factory):
+    """Function that runs a test file as a script, to the end, in a process that has imported."""
+    folder = tmp_path_factory.mktemp("scripts")
+
+    def run(*argv, settings=(), **environment):
+        said = folder / f"{time.monotonic_ns()}"
+        process = fork(*argv, outputs=(said,) * 2, code=SCRIPT, settings=settings, **environment)
+        process.join()
+        assert process.exitcode == 0, said.read_text()
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,11 +32,6 @@ MODEL = UNet(3, features=(4, 8), num_convs=1, norm="batch", dropout=0.5)
 STRICT_MODEL = UNet(3, features=(4,), num_convs=1, dropout=0.5)
 TX = create_optimizer("adamw", lambda _: 1.0, weight_decay=0.1, clip_norm=1.0)
 RATE = np.float32(0.01)
-SCRIPT = """
-import warnings
-warnings.simplefilter("error")
-runpy.run_path(argv[0], run_name="__main__")
-"""
 
 
 def make_batch(seed):
@@ -249,7 +244,7 @@ def spread_a_batch(facts):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, fork, quick):
+def runs(tmp_path_factory, run_script, quick):
     """What the runs on 1, 2, 4 and 8 devices saw."""
     folder = tmp_path_factory.mktemp("runs")
     # XLA's sums on CPU depend on the size of its pool of threads: cores, or devices if more.
@@ -258,20 +253,9 @@ def runs(tmp_path_factory, fork, quick):
     flags = {"strict": {}, "loose": quick}
 
     def run(count, kind):
-        path, said = folder / f"{count}{kind}.npz", folder / f"{count}{kind}.txt"
-        process = fork(
-            __file__,
-            count,
-            kind,
-            path,
-            outputs=(said,) * 2,
-            code=SCRIPT,
-            settings={"jax_compilation_cache_dir": None},  # each compiles for itself
-            **environment,
-            **flags[kind],
-        )
-        process.join()
-        assert process.exitcode == 0, said.read_text()
+        path = folder / f"{count}{kind}.npz"
+        own = {"jax_compilation_cache_dir": None}  # each compiles for itself
+        run_script(__file__, count, kind, path, settings=own, **environment, **flags[kind])
         return count, dict(np.load(path))
 
     seen = {count: {} for count in COUNTS}

@@ -6,10 +6,9 @@ float64 one runs the same code with float64 in place of float32: what then diffe
 sums alone. Smaller pieces run here, over a mapped axis of `vmap`.
 """
 
+import concurrent.futures
 import functools
 import itertools
-import os
-import subprocess
 import sys
 
 import jax
@@ -274,21 +273,17 @@ def measure_memory():
 
 
 @pytest.fixture(scope="module")
-def runs(quick, tmp_path_factory):
+def runs(quick, run_script, tmp_path_factory):
     """What each process saw, by its dtype."""
     folder = tmp_path_factory.mktemp("runs")
-    processes = {
-        dtype: subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, dtype, folder / f"{dtype}.npz"],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"} | quick,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for dtype in TOLERANCES
-    }
-    errors = {dtype: process.communicate()[1] for dtype, process in processes.items()}
-    assert not any(process.returncode for process in processes.values()), errors
-    return {dtype: dict(np.load(folder / f"{dtype}.npz")) for dtype in processes}
+
+    def run(dtype):
+        path = folder / f"{dtype}.npz"
+        run_script(__file__, dtype, path, JAX_PLATFORMS="cpu", **quick)
+        return dtype, dict(np.load(path))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(run, TOLERANCES))
 
 
 def seen_by(facts, name):

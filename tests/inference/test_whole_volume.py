@@ -5,8 +5,6 @@ its own: this file as a script.
 """
 
 import itertools
-import os
-import subprocess
 import sys
 
 import jax
@@ -157,11 +155,10 @@ def test_mirroring_a_mirrored_image_mirrors_the_answer():
     assert np.abs(plain - probs).max() > 1e-3
 
 
-def test_three_devices_share_a_volume(tmp_path, quick):
+def test_three_devices_share_a_volume(tmp_path, run_script, quick):
     save_probs(tmp_path / "one.npz")
-    environment = os.environ | quick | {"JAX_NUM_CPU_DEVICES": "3", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, tmp_path / "three.npz"]
-    subprocess.run(command, check=True, env=environment)
+    three_devices = {"jax_num_cpu_devices": 3}
+    run_script(__file__, tmp_path / "three.npz", settings=three_devices, **quick)
     one, three = np.load(tmp_path / "one.npz"), np.load(tmp_path / "three.npz")
     assert (one["devices"], three["devices"]) == (1, 3)
     for name in set(one) - {"devices"}:
