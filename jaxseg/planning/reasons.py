@@ -15,9 +15,10 @@ _SCHEMES = {
     "ct": "clipped to the foreground's percentiles 0.5 and 99.5, then its mean and deviation: "
     "Hounsfield units mean the same in every scan",
     "zscore": "each scan by its own mean and deviation: units differ from scan to scan",
-    "rescale_to_0_1": "each scan to [0, 1]",
-    "rgb_to_0_1": "8-bit colours to [0, 1]",
-    "none": "left as it is",
+    # What training does not know yet is said to be so.
+    "rescale_to_0_1": "each scan to [0, 1]; not yet, its z-score is taken",
+    "rgb_to_0_1": "8-bit colours to [0, 1]; not yet, the z-score is taken",
+    "none": "left as it is; not yet, the z-score is taken",
 }
 
 
@@ -109,7 +110,7 @@ def _why_mask(inside, facts):
     if not inside:
         return ""
     return (
-        f"; inside the mask of what is not 0, since that is {_percent(facts.relative_size)} of a "
+        f"; inside the mask of what is not 0 (not yet: of the whole scan), since that is {_percent(facts.relative_size)} of a "
         f"scan, less than {_percent(MOSTLY_BACKGROUND)}"
     )
 
