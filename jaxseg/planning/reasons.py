@@ -110,8 +110,8 @@ def _why_mask(inside, facts):
     if not inside:
         return ""
     return (
-        f"; inside the mask of what is not 0 (not yet: of the whole scan), since that is {_percent(facts.relative_size)} of a "
-        f"scan, less than {_percent(MOSTLY_BACKGROUND)}"
+        "; inside the mask of what is not 0 (not yet: of the whole scan), since that is "
+        f"{_percent(facts.relative_size)} of a scan, less than {_percent(MOSTLY_BACKGROUND)}"
     )
 
 
