@@ -9,13 +9,10 @@ nnunet with an accelerator and compact without. What is set is obeyed, for examp
 `--config.train.batch_size=4`.
 """
 
-from jaxseg.config import base_config
-from jaxseg.config_planned import leave_to_plan
+from jaxseg.config_planned import open_config
 
 
 def get_config():
-    config = base_config("unet")
+    config = open_config()
     config.name = "auto"
-    config.plan.preset = "auto"
-    leave_to_plan(config)
     return config

@@ -327,7 +327,7 @@ def from_json(text: str) -> ConfigDict:
     Raises:
       ConfigProblems: its fields are not those of this version.
     """
-    saved = _with_tuples(json.loads(text))
+    saved = with_tuples(json.loads(text))
     try:
         config = base_config(saved["model"]["name"], rank=len(saved["data"]["patch_size"]))
         # Up to version 0.1 every value above 0 in a mask was foreground.
@@ -338,10 +338,11 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
-def _with_tuples(value):
+def with_tuples(value: Any) -> Any:
+    """A value from JSON with tuples for its lists, as configs have them."""
     if isinstance(value, dict):
-        return {name: _with_tuples(item) for name, item in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+        return {name: with_tuples(item) for name, item in value.items()}
+    return tuple(map(with_tuples, value)) if isinstance(value, list) else value
 
 
 def differences(saved_json: str, new_json: str) -> list[str]:

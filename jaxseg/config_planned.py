@@ -1,9 +1,11 @@
 """Fields of a config that are left to a plan: None until the data are known."""
 
+import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference, config_dict
+from ml_collections import ConfigDict, config_dict
 
 from jaxseg.config import base_config, flatten
 
@@ -28,13 +30,15 @@ PLANNED = (
 )
 
 
-def leave_to_plan(config: ConfigDict) -> None:
-    """Leaves every field of `PLANNED` open; each can still be set, here or on the command line."""
-    with config.unlocked():
-        for name in PLANNED:
-            section, _, field = name.rpartition(".")
-            inner = _section(config, section)
-            inner[field] = config_dict.placeholder(type(inner[field]))
+def open_config() -> ConfigDict:
+    """A U-Net's config that leaves every field of `PLANNED` open; each can still be set."""
+    config = base_config("unet")
+    config.plan.preset = "auto"
+    for name in PLANNED:
+        section, _, field = name.rpartition(".")
+        inner = functools.reduce(getattr, section.split("."), config)
+        inner[field] = config_dict.placeholder(type(inner[field]))
+    return config
 
 
 def undecided(config: ConfigDict) -> list[str]:
@@ -49,26 +53,13 @@ def decided(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
       config: ConfigDict.
       values: by the full name of the field.
     """
-    copy = ConfigDict(config.copy_and_resolve_references())
-    with copy.unlocked():
-        for name in undecided(config):
-            if name in values:
-                section, _, field = name.rpartition(".")
-                _section(copy, section)[field] = values[name]
-    # A list of learning rates may take the place of a number.
-    rate = copy.optim.learning_rate
-    with copy.unlocked():
-        del copy.optim["learning_rate"]
-        copy.optim.learning_rate = FieldReference(rate, field_type=object)
-    return copy.lock()
+    made = copy.deepcopy(config)
+    made.update_from_flattened_dict(
+        {name: values[name] for name in undecided(config) if name in values}
+    )
+    return made
 
 
 def with_stand_ins(config: ConfigDict, rank: int) -> ConfigDict:
     """The config with the defaults of slices (rank 2) or volumes (3) for what is left open."""
     return decided(config, flatten(base_config(config.model.name, rank)))
-
-
-def _section(config, name):
-    for part in filter(None, name.split(".")):
-        config = config[part]
-    return config

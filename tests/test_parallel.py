@@ -265,7 +265,7 @@ def runs(tmp_path_factory, run_script, quick):
     return seen
 
 
-def names_of(facts, *prefixes, at_least=10):
+def names_of(facts, *prefixes, at_least=11):
     names = [name for name in facts if name.startswith(prefixes)]
     assert len(names) >= at_least
     return names

@@ -22,6 +22,7 @@ def prepare(
     sha256: str,
     cache_dir: str,
     slices: bool = False,
+    axes: Sequence[int] = (),
     saved_plan: preprocess.Plan | None = None,
     border_weight: Mapping[str, float] | None = None,
     progress: Callable[..., Iterable[Case]] = lambda items, title: items,
@@ -42,13 +43,13 @@ def prepare(
       survey, sha256: of `surveyed.survey_once`.
       cache_dir: folder that holds one prepared set per dataset and plan; local or mounted.
       slices: whether the network is trained on slices.
+      axes: of the plan; () for those that suit slices or volumes.
       saved_plan: of the run that goes on, which is kept to; None makes one.
       border_weight: options of `preprocess.border_weights`, to store that map with each case.
       progress: function (iterable, title) -> iterable that shows progress.
       process_index, process_count: which of the processes this is.
       barrier: function (name) that returns when every process has called it.
-      **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order; and axes,
-        () for those that suit slices or volumes.
+      **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order.
     Returns:
       (store, plan): CaseStore, Plan.
     Raises:
@@ -59,8 +60,7 @@ def prepare(
     if process_index > 0:
         barrier("plan")  # until the first has made it
     chosen = [case for case in dataset.cases if case.case_id in set(plan_ids)]
-    wanted_axes = options.pop("axes", ())
-    axes = wanted_axes or _axes(survey, plan_ids, slices)
+    axes = axes or _axes(survey, plan_ids, slices)
     axes = axes if saved_plan is None else saved_plan.axes
     wanted = repr((sha256, sorted(plan_ids), sorted(options.items()), CaseBuilder.VERSION))
     if border_weight:

@@ -42,7 +42,7 @@ def about_axes(
         if others:
             yield f"slices of {others} training case(s), which lie another way, are cut across"
     flip = config.augment.flip
-    left_right = 1 if is_picture else plan.axes.index(0)
+    left_right = left_right_of(dataset, plan.axes)
     sided = [name for name in dataset.class_names if names_a_side(name)]
     if sided and flip.prob > 0 and left_right in tuple(flip.axes):
         rest = tuple(axis for axis in flip.axes if axis != left_right)
@@ -50,6 +50,11 @@ def about_axes(
             f"classes name a side ({', '.join(sided)}), but training mirrors left and right: "
             f"--config.augment.flip.axes={str(rest).replace(' ', '')} ends that"
         )
+
+
+def left_right_of(dataset: Dataset, axes: Sequence[int]) -> int:
+    """The axis of a grid along which left and right lie; of pictures their columns."""
+    return tuple(axes).index(0) if is_volume(dataset.cases[0].image_path) else 1
 
 
 def names_a_side(class_name: str) -> bool:

@@ -8,8 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxseg import config_checks
-from jaxseg.config import ConfigProblems, base_config, flatten
-from jaxseg.config_planned import decided, leave_to_plan
+from jaxseg.config import ConfigProblems, flatten
+from jaxseg.config_planned import decided, open_config
 from jaxseg.experiment import build
 from jaxseg.experiment.gather import Found, find_data
 from jaxseg.experiment.planned import Planned, plan_for, values_of
@@ -43,12 +43,13 @@ def plan_folder(
     config = _config_of(directory, preset, configuration, settings)
     config_checks.validate(config)
     found = find_data(config, SilentLog())
-    planned = plan_for(config, found.dataset, found.survey, found.planned)
+    planned = plan_for(config, found)
     values = values_of(planned, found.dataset)
     complete = decided(config, values)
     config_checks.validate(complete)
     if output:
-        decisions = {name: flatten(complete)[name] for name in values}
+        fields = flatten(complete)
+        decisions = {name: fields[name] for name in values}
         content = {
             "preset": planned.preset,
             "configuration": planned.name,
@@ -70,8 +71,7 @@ def plan_folder(
 
 
 def _config_of(directory, preset, configuration, settings):
-    config = base_config("unet")
-    leave_to_plan(config)
+    config = open_config()
     config.data.dir = directory
     config.plan.preset, config.plan.configuration = preset, configuration
     problems = []

@@ -3,18 +3,15 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from jaxseg.config import ConfigProblems, flatten
+from jaxseg.config import ConfigProblems, flatten, with_tuples
 from jaxseg.config_planned import decided, undecided
 from jaxseg.data.cases import Dataset
-from jaxseg.data.formats.registry import is_volume
-from jaxseg.data.verify import Survey
-from jaxseg.experiment.advice import names_a_side
+from jaxseg.experiment.advice import left_right_of, names_a_side
 from jaxseg.experiment.gather import Found
 from jaxseg.planning.budget import Wishes
 from jaxseg.planning.choice import choose
@@ -52,22 +49,17 @@ class Planned:
         return self.configurations[self.name]
 
 
-def plan_for(
-    config: ConfigDict, dataset: Dataset, survey: Survey, case_ids: Sequence[str]
-) -> Planned:
+def plan_for(config: ConfigDict, found: Found) -> Planned:
     """Plans for the training cases; what the config sets is obeyed.
 
     Args:
       config: ConfigDict with a `plan.preset`.
-      dataset: Dataset.
-      survey: of `verify`.
-      case_ids: that plans are made from.
+      found: of `find_data`.
     """
     preset = config.plan.preset
     if preset == "auto":
         preset = "compact" if jax.default_backend() == "cpu" else "nnunet"
-    measures = [survey[case_id].measures for case_id in case_ids]
-    facts = _facts_of(dataset, measures)
+    facts = _facts_of(found)
     wishes = Wishes(
         spacing_mm=tuple(config.preprocess.spacing_mm or ()),
         patch_size=tuple(config.data.patch_size or ()),
@@ -79,9 +71,10 @@ def plan_for(
     return Planned(preset, name, why, facts, made)
 
 
-def _facts_of(dataset, measures):
+def _facts_of(found):
+    dataset = found.dataset
     return facts_from(
-        measures,
+        [found.survey[case_id].measures for case_id in found.planned],
         channel_names=dataset.modalities,
         num_labels=len(dataset.class_names) + bool(dataset.coding.ignore),
     )
@@ -91,8 +84,6 @@ def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
     """The value of every field that a plan decides, by its full name."""
     made = planned.configuration
     volumes = len(made.patch_size) == 3
-    picture = not is_volume(dataset.cases[0].image_path)
-    left_right = 1 if picture else made.axes.index(0)
     sided = any(names_a_side(name) for name in dataset.class_names)
     spacing_mm = dict(zip(made.axes, made.spacing_mm, strict=False))
     return {
@@ -109,20 +100,17 @@ def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
         "model.deep_supervision": len(made.features) > 3,
         "loss.over_batch": made.batch_dice,
         "train.batch_size": made.batch_size,
-        **recipe_of(made, left_right=left_right if sided else None),
+        **recipe_of(made, left_right=left_right_of(dataset, made.axes) if sided else None),
     }
 
 
 def fingerprint_json(found: Found) -> str:
     """What is kept of the cases that plans are made from, as JSON."""
     measures = {case_id: found.survey[case_id].measures for case_id in found.planned}
-    facts = _facts_of(found.dataset, list(measures.values()))
-    return to_json(measures, facts.channel_names)
+    return to_json(measures, _facts_of(found).channel_names)
 
 
-def resolved(
-    config: ConfigDict, dataset: Dataset, survey: Survey, case_ids: Sequence[str]
-) -> tuple[ConfigDict, list[str]]:
+def resolved(config: ConfigDict, found: Found) -> tuple[ConfigDict, list[str]]:
     """The config with every open field decided.
 
     Returns:
@@ -132,8 +120,8 @@ def resolved(
         values = read_decisions(os.path.expanduser(config.plan.file))
         lines = [f"plan: {config.plan.file}", *(f"  {name}: {values[name]}" for name in values)]
     else:
-        planned = plan_for(config, dataset, survey, case_ids)
-        values = values_of(planned, dataset)
+        planned = plan_for(config, found)
+        values = values_of(planned, found.dataset)
         lines = [f"plan: {planned.preset} {planned.name}, {planned.why}"]
         reasons = reasons_of(planned.name, planned.configuration, planned.facts, planned.preset)
         lines += [f"  {what}: {value} ({why})" for what, value, why in reasons]
@@ -157,12 +145,8 @@ def read_decisions(path: str) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return {name: _tuples(value) for name, value in json.load(file)["decisions"].items()}
+            return dict(with_tuples(json.load(file)["decisions"]).items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigProblems(
             [f"plan.file {path!r}: no plan can be read ({error!r}); write one with jaxseg.plan"]
         ) from None
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -123,7 +123,7 @@ def _decided(config, found, log):
     """The config with what it leaves open decided for the data; says why it is so."""
     if not undecided(config):
         return config
-    config, lines = resolved(config, found.dataset, found.survey, found.planned)
+    config, lines = resolved(config, found)
     config_checks.validate(config)
     check_fits(config)
     for line in lines:

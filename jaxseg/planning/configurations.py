@@ -123,17 +123,15 @@ def configurations_of(
     preset = PRESETS[preset_name]
     target = target_of(facts.spacings_mm, facts.shapes, wishes.spacing_mm)
     size = math.prod(target.median_shape)
+    plan = functools.partial(_planned, facts, preset, gib, target, wishes)
     made: dict[str, Configuration] = {}
     if target.median_shape[-1] != 1:
-        plan = functools.partial(_planned, facts, preset, gib, target, wishes)
         full = plan(target.spacing_mm, target.median_shape, size)
         low = _low_resolution(plan, full)
         if low:
             made["3d_lowres"] = low
         made["3d_fullres"] = dataclasses.replace(full, batch_dice=bool(low))
-    flat = _planned(
-        facts, preset, gib, target, wishes, target.spacing_mm[:2], target.median_shape[:2], size
-    )
+    flat = plan(target.spacing_mm[:2], target.median_shape[:2], size)
     return made | {"2d": dataclasses.replace(flat, batch_dice=True)}
 
 

@@ -35,7 +35,7 @@ def reasons_of(
     """
     target = target_of(facts.spacings_mm, facts.shapes)
     yield "spacing", f"{_by(made.spacing_mm)} mm", _why_spacing(name, made, target, facts)
-    yield "axes", "".join(_AXES[axis] for axis in made.axes), _why_axes(target)
+    yield "axes", "".join(_AXES[axis] for axis in made.axes), _why_axes(made)
     yield (
         "median case",
         f"{_by(made.median_shape)} voxels",
@@ -83,8 +83,8 @@ def _why_spacing(name, made, target, facts):
     return "the median of the training cases"
 
 
-def _why_axes(target):
-    across = _AXES[target.axes[2]]
+def _why_axes(made):
+    across = _AXES[made.axes[2]]
     return f"the coarsest axis, {across}, comes last; slices are cut across it"
 
 

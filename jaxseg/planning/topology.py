@@ -27,7 +27,7 @@ class Topology:
     @property
     def divisors(self) -> tuple[int, ...]:
         """What each axis of a patch is a multiple of."""
-        return tuple(math.prod(along) for along in zip(*self.strides, strict=True))
+        return _divisors(self.strides)
 
 
 def topology_of(
@@ -57,9 +57,12 @@ def topology_of(
             spacing[axis] *= 2
             size[axis] = -(-size[axis] // 2)
     kernels.append((3,) * len(size))
-    divisors = [math.prod(along) for along in zip(*strides, strict=True)]
-    padded = tuple(-(-n // d) * d for n, d in zip(patch_size, divisors, strict=True))
+    padded = tuple(-(-n // d) * d for n, d in zip(patch_size, _divisors(strides), strict=True))
     return Topology(padded, tuple(strides), tuple(kernels))
+
+
+def _divisors(strides):
+    return tuple(math.prod(along) for along in zip(*strides, strict=True))
 
 
 def _axes_to_halve(spacing, size):

@@ -45,7 +45,7 @@ def replacing(path: str | Path) -> Iterator[str]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file whole or not at all."""
-    with naming(path), replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -57,7 +57,6 @@ def write_json(path: str | Path, content: Any) -> None:
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a non-empty list of dicts with the same keys as CSV, whole or not at all."""
     with (
-        naming(path),
         replacing(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):

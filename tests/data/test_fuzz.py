@@ -1,5 +1,6 @@
 """Bytes of files flipped, cut and zeroed at random: what is read is right, or refused by name."""
 
+import dataclasses
 import functools
 import itertools
 import shutil
@@ -10,7 +11,6 @@ import pytest
 from PIL import Image
 
 from jaxseg.data import images, labels, prepared, surveyed
-from jaxseg.data.cases import Dataset
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import find
 from jaxseg.data.layouts.wanted import Wanted
@@ -93,7 +93,7 @@ def files(tmp_path, finished_run, monkeypatch):
 def cached(data, folder):
     """Files of prepared cases, with a function that finds whether what is read of them is right."""
     everyone = find.find_dataset(data, Wanted())
-    dataset = Dataset(**(vars(everyone) | {"cases": everyone.cases[:1]}))
+    dataset = dataclasses.replace(everyone, cases=everyone.cases[:1])
 
     def read():
         survey, sha256, _ = surveyed.survey_once(dataset, cache_dir=str(folder))

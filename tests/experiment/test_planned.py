@@ -8,18 +8,19 @@ import signal
 import pytest
 
 from jaxseg import config as config_lib
+from jaxseg import config_planned
 from jaxseg.config import ConfigProblems, base_config, flatten
 from jaxseg.config_checks import validate
-from jaxseg.config_planned import PLANNED, decided, leave_to_plan, undecided
+from jaxseg.config_planned import PLANNED, decided, undecided
 from jaxseg.data import pipeline
 from jaxseg.experiment import plan_folder, planned, train
 from jaxseg.experiment.gather import find_data
+from jaxseg.planning.budget import PRESETS
 from jaxseg.run import log as run_log
 
 
 def open_config(data, tmp_path, **changes):
-    config = base_config("unet")
-    leave_to_plan(config)
+    config = config_planned.open_config()
     config.plan.preset = "compact"
     config.data.dir, config.data.cache_dir = str(data), str(tmp_path / "cache")
     config.workdir = str(tmp_path / "run")
@@ -37,7 +38,7 @@ def open_config(data, tmp_path, **changes):
 
 def resolve(config):
     found = find_data(config, run_log.SilentLog())
-    return planned.resolved(config, found.dataset, found.survey, found.planned)
+    return planned.resolved(config, found)
 
 
 def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
@@ -166,11 +167,15 @@ def test_settings_that_can_not_be_used_are_all_told(boxes):
     assert "--set=data.knd=images" in str(caught.value) and "--set=seed" in str(caught.value)
 
 
+def test_a_config_knows_the_presets_that_there_are():
+    assert set(config_lib.CHOICES["plan.preset"]) == {"", "auto", *PRESETS}
+
+
 def test_deciding_keeps_what_is_there():
     config = base_config("unet")
     values = {"data.patch_size": (8, 8, 8), "train.batch_size": 1}
     assert flatten(decided(config, values)) == flatten(config)
-    leave_to_plan(config)
+    config = config_planned.open_config()
     config.data.patch_size = (16, 16)
     made = decided(config, values)
     assert made.data.patch_size == (16, 16) and made.train.batch_size == 1

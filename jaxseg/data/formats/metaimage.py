@@ -12,7 +12,7 @@ from jaxseg.data.formats.extra import needing_extra
 from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
 from jaxseg.data.formats.volume import Header, Volume
 from jaxseg.problem import file_problem
-from jaxseg.run.writers import naming, replacing
+from jaxseg.run.writers import replacing
 
 _TO_RAS = np.array([-1.0, -1.0, 1.0])  # ITK's world has its axes to the left and to the back
 
@@ -67,7 +67,7 @@ def write(
         image.SetSpacing(reader.GetSpacing())
         image.SetDirection(reader.GetDirection())
         image.SetOrigin(reader.GetOrigin())
-    with naming(path), replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             sitk.WriteImage(image, temporary, useCompression=True)
         except RuntimeError as error:

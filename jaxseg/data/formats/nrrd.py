@@ -13,7 +13,7 @@ from jaxseg.data.formats.extra import needing_extra
 from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
 from jaxseg.data.formats.volume import Header, Remark, Volume
 from jaxseg.problem import file_problem
-from jaxseg.run.writers import naming, replacing
+from jaxseg.run.writers import replacing
 
 # From the directions of a space to RAS+.
 _SPACES = {
@@ -95,7 +95,7 @@ def write(
         fields["spacings"] = [*fields["spacings"], np.nan]
     content = io.BytesIO()
     nrrd.write(content, values, fields, compression_level=1)
-    with naming(path), replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         head, data = content.getvalue().split(b"\n\n", 1)
         # Without comments, which tell the time, equal volumes make equal files.
         lines = [line for line in head.split(b"\n") if not line.startswith(b"#")]

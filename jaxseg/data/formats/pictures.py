@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from jaxseg.data.formats.extra import needing_extra
 from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
 from jaxseg.problem import file_problem
-from jaxseg.run.writers import naming, replacing
+from jaxseg.run.writers import replacing
 
 _PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 # By Pillow's mode.
@@ -149,7 +149,7 @@ def write_png(path: str | Path, values: np.ndarray) -> None:
             f"{path}: PNG holds [H, W, 1] of uint8 or uint16, not {list(values.shape)} of "
             f"{values.dtype}; write NIfTI"
         )
-    with naming(path), replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(values[..., 0]).save(temporary, "PNG")
 
 
@@ -167,7 +167,7 @@ def write_tiff(path: str | Path, values: np.ndarray) -> None:
 def save_pages(path: str | Path, pages: Sequence[Image.Image]) -> None:
     """Writes pages as one TIFF file, whole or not at all; raises OSError."""
     first, *others = pages
-    with naming(path), replacing(path) as temporary:
+    with replacing(path) as temporary:
         first.save(
             temporary, "TIFF", save_all=True, append_images=others, compression="tiff_deflate"
         )
