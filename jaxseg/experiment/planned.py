@@ -55,6 +55,8 @@ def plan_for(config: ConfigDict, found: Found) -> Planned:
     Args:
       config: ConfigDict with a `plan.preset`.
       found: of `find_data`.
+    Raises:
+      ConfigProblems: There is no such configuration for the data.
     """
     preset = config.plan.preset
     if preset == "auto":
@@ -67,7 +69,12 @@ def plan_for(config: ConfigDict, found: Found) -> Planned:
         num_stages=len(config.model.features or ()) or None,
     )
     made = configurations_of(facts, preset, wishes=wishes)
-    name, why = choose(made, config.plan.configuration, preset, wishes)
+    wanted = config.plan.configuration
+    if wanted not in ("auto", *made):
+        raise ConfigProblems(
+            [f"plan.configuration is {wanted!r}, but {preset} has for these data {', '.join(made)}"]
+        )
+    name, why = choose(made, wanted, preset, wishes)
     return Planned(preset, name, why, facts, made)
 
 

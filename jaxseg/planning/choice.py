@@ -16,14 +16,11 @@ def choose(
 
     Args:
       made: of `configurations_of`.
-      wanted: one of its names, or "auto".
+      wanted: one of the names in `made`, or "auto".
       preset_name: that they were made with.
       wishes: of the user; the rank of a patch decides.
-    Raises:
-      KeyError: There is none of that name.
     """
     if wanted != "auto":
-        made[wanted]
         return wanted, "as you set"
     if wishes.patch_size:
         is_flat = len(wishes.patch_size) == 2 or "3d_fullres" not in made

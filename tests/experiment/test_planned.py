@@ -167,6 +167,14 @@ def test_settings_that_can_not_be_used_are_all_told(boxes):
     assert "--set=data.knd=images" in str(caught.value) and "--set=seed" in str(caught.value)
 
 
+def test_a_configuration_that_the_data_do_not_have_is_refused(boxes, tmp_path):
+    config = open_config(boxes, tmp_path, **{"plan.configuration": "3d_lowres"})
+    with pytest.raises(ConfigProblems, match="'3d_lowres', but compact has .* 3d_fullres, 2d"):
+        resolve(config)
+    complete, _ = resolve(open_config(boxes, tmp_path, **{"plan.configuration": "2d"}))
+    assert len(complete.data.patch_size) == 2
+
+
 def test_a_config_knows_the_presets_that_there_are():
     assert set(config_lib.CHOICES["plan.preset"]) == {"", "auto", *PRESETS}
 
