@@ -169,7 +169,7 @@ def test_settings_that_can_not_be_used_are_all_told(boxes):
 
 def test_a_configuration_that_the_data_do_not_have_is_refused(boxes, tmp_path):
     config = open_config(boxes, tmp_path, **{"plan.configuration": "3d_lowres"})
-    with pytest.raises(ConfigProblems, match="'3d_lowres', but compact has .* 3d_fullres, 2d"):
+    with pytest.raises(ConfigProblems, match=r"'3d_lowres', but compact has .* 3d_fullres, 2d"):
         resolve(config)
     complete, _ = resolve(open_config(boxes, tmp_path, **{"plan.configuration": "2d"}))
     assert len(complete.data.patch_size) == 2
