@@ -5,7 +5,8 @@ import json
 import os
 import time
 
-from jaxseg.data.cases import Dataset
+from jaxseg.data.cases import Case, Dataset
+from jaxseg.data.formats import registry
 from jaxseg.run import writers
 
 # A file this young may change again without a new time of change.
@@ -20,7 +21,7 @@ def digest_of_data(dataset: Dataset, cache_dir: str) -> tuple[str, dict[str, lis
 
     Returns:
       (sha256, digests): SHA-256 over case ids, file contents, class names, label values and
-      modalities; and for each case the SHA-256 of its files.
+      modalities; and for each case the SHA-256 of its `files_of`.
     """
     digests_path = os.path.join(cache_dir, "digests.json")
     known = _known_digests(digests_path)
@@ -33,7 +34,7 @@ def digest_of_data(dataset: Dataset, cache_dir: str) -> tuple[str, dict[str, lis
     digests = {}
     for case in (*dataset.cases, *dataset.unlabelled):
         digest.update(case.case_id.encode())
-        of_files = [_file_digest(os.path.abspath(path), found) for path in case.paths]
+        of_files = [_file_digest(os.path.abspath(path), found) for path in files_of(case)]
         for of_file in of_files:
             digest.update(of_file)
         digests[case.case_id] = [of_file.hex() for of_file in of_files]
@@ -41,6 +42,11 @@ def digest_of_data(dataset: Dataset, cache_dir: str) -> tuple[str, dict[str, lis
         os.makedirs(cache_dir, exist_ok=True)
         writers.write_text(digests_path, json.dumps(found))
     return digest.hexdigest(), digests
+
+
+def files_of(case: Case) -> list[str]:
+    """All files that a case consists of, those that its headers name included."""
+    return [file for path in case.paths for file in registry.files_of(path)]
 
 
 def sha256_of(path: str) -> bytes:

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from jaxseg.data.builder import CaseBuilder, open_split
 from jaxseg.data.cases import Case, Dataset
-from jaxseg.data.digests import sha256_of
+from jaxseg.data.digests import files_of, sha256_of
 from jaxseg.data.preprocess import Plan
 from jaxseg.problem import Problem
 from jaxseg.run import writers
@@ -58,7 +58,7 @@ def make_parts(
     cases = [case for part in parts.values() for case in part.cases]
     shown_cases = iter(progress(cases))
     num_workers = max(min(most_workers, len(parts), MAX_WORKERS), 1)
-    paths = [path for case in cases for path in case.paths]
+    paths = [path for case in cases for path in files_of(case)]
     if num_workers == 1 or sum(map(os.path.getsize, paths)) < POOL_BYTES:
         for folder, part in parts.items():
             make_part(folder, part, itertools.islice(shown_cases, len(part.cases)))

@@ -34,12 +34,14 @@ class ImageCase:
       path: Absolute, of the image or of its first channel.
       files: For the name of each output the path that it is written to.
       channels: Absolute paths of further channels.
+      written: All paths that its outputs are written to: a stack's spacing is beside it.
     """
 
     case_id: str
     path: str
     files: dict[str, str]
     channels: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -88,7 +90,7 @@ def find_images(
     groups = _channel_groups(paths, num_channels)
     cases = [_case_of(stem, files, root, folder, outputs) for stem, files in groups]
     cases.sort(key=lambda case: (case.case_id, case.path))
-    _refuse_clashes(cases)
+    _refuse_clashes(cases, folder)
     return cases
 
 
@@ -136,12 +138,19 @@ class Records:
     def is_done(self, case: ImageCase) -> bool:
         """Whether every file of a case is there and was made of the image as it is now."""
         record = self.content["cases"].get(case.case_id, {"error": "never tried"})
-        if "error" in record or not all(map(os.path.exists, case.files.values())):
-            return False
         try:
-            return all(record.get(name) == value for name, value in state_of(case).items())
-        except OSError:  # reading it will tell
+            return (
+                "error" not in record
+                and all(map(os.path.getsize, case.written))
+                and all(record.get(name) == value for name, value in state_of(case).items())
+            )
+        except OSError:  # no such output; of an image, reading it will tell
             return False
+
+    def altered(self, case: ImageCase) -> list[str]:
+        """The outputs of a case that is done whose size is not the one they were written with."""
+        sizes = self.content["cases"][case.case_id].get("written_bytes", {})
+        return [path for path, size in written_bytes(case).items() if sizes.get(path, size) != size]
 
     def add(self, case: ImageCase, record: dict[str, Any]) -> None:
         """Writes down what became of a case; the file is whole at any time."""
@@ -167,41 +176,45 @@ class Records:
             os.close(lock)
 
 
+def written_bytes(case: ImageCase) -> dict[str, int]:
+    """The size of each output of a case; raises OSError."""
+    return {path: os.path.getsize(path) for path in case.written}
+
+
 def left_out(input_path: str | Path, folder: str | Path, recursive: bool) -> list[str]:
     """The files of an input folder, but for hidden ones, that are no images; of many the first."""
     root, output = Path(input_path), Path(folder).resolve()
     if not root.is_dir():
         return []
+    files = [path for path in root.glob("**/*" if recursive else "*") if path.is_file()]
+    of_images = {file for path in files if registry.is_image(path) for file in _real_files(path)}
     others = sorted(
         str(path.relative_to(root))
-        for path in root.glob("**/*" if recursive else "*")
-        if path.is_file()
-        and not registry.is_image(path)
+        for path in files
+        if os.path.realpath(path) not in of_images
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and not path.resolve().is_relative_to(output)
-        and not _belongs_to_an_image(path)
     )
     more = [f"and {len(others) - _MAX_NAMED} more"] if len(others) > _MAX_NAMED else []
     return others[:_MAX_NAMED] + more
 
 
-def _belongs_to_an_image(path):
-    """Whether a file holds the voxels, or the spacing, of an image of the same name."""
-    headers = (".tif", ".tiff", ".mhd", ".nhdr")
-    return path.suffix in (".json", ".raw", ".zraw") and any(
-        path.with_suffix(suffix).is_file() for suffix in headers
-    )
+def _real_files(image):
+    return map(os.path.realpath, registry.files_of(image))
 
 
 def state_of(case: ImageCase) -> dict[str, Any]:
     """JSON-ready facts that differ when a file is another one or has changed."""
-    states = []
-    for path in case.paths:
-        status = os.stat(path)
-        states.append(
-            {"file": path, "file_bytes": status.st_size, "file_modified_ns": status.st_mtime_ns}
-        )
-    return states[0] | ({"channels": states[1:]} if case.channels else {})
+    beside = [file for path in case.paths for file in registry.files_of(path)[1:]]
+    more = {"channels": case.channels, "beside": beside}
+    return _file_state(case.path) | {
+        name: [_file_state(path) for path in paths] for name, paths in more.items() if paths
+    }
+
+
+def _file_state(path):
+    status = os.stat(path)
+    return {"file": path, "file_bytes": status.st_size, "file_modified_ns": status.st_mtime_ns}
 
 
 def _images_below(root, folder, recursive):
@@ -248,21 +261,26 @@ def _case_of(stem, paths, root, folder, outputs):
     files["label"] = case_id + label_suffix
     files = {name: os.path.join(folder, file) for name, file in files.items()}
     first, *channels = (os.path.abspath(path) for path in paths)
-    return ImageCase(case_id, first, files, tuple(channels))
+    written = [file for path in files.values() for file in registry.files_written(path, first)]
+    return ImageCase(case_id, first, files, tuple(channels), tuple(written))
 
 
-def _refuse_clashes(cases):
+def _refuse_clashes(cases, folder):
     problems: list[str] = []
     image_of: dict[str, str] = {}
     purpose_of = {
-        os.path.realpath(path): "an image to segment" for case in cases for path in case.paths
+        file: "a file of an image to segment"
+        for case in cases
+        for path in case.paths
+        for file in _real_files(path)
     }
+    purpose_of[os.path.realpath(os.path.join(folder, RECORDS_NAME))] = "the file of the records"
     for case in cases:
         if case.case_id in image_of:
             problems.append(f"{image_of[case.case_id]} and {case.path} have one case name")
             continue
         image_of[case.case_id] = case.path
-        for path in map(os.path.realpath, case.files.values()):
+        for path in map(os.path.realpath, case.written):
             if path in purpose_of:
                 problems.append(f"{path}, an output of {case.path}, is {purpose_of[path]} too")
             purpose_of[path] = f"an output of {case.path}"
@@ -271,7 +289,7 @@ def _refuse_clashes(cases):
 
 
 def _refuse_strange_files(cases):
-    strange = [path for case in cases for path in case.files.values() if os.path.exists(path)]
+    strange = [path for case in cases for path in case.written if os.path.exists(path)]
     if strange:
         raise FolderProblem(
             f"{len(strange)} file(s) would be replaced, first {strange[0]}, and no {RECORDS_NAME} "

@@ -18,7 +18,14 @@ from jaxseg.data import memory
 from jaxseg.data.formats.registry import is_volume
 from jaxseg.data.images import bytes_to_read, read_volume, write_map
 from jaxseg.data.labels import write_label
-from jaxseg.data.predictions import ImageCase, Records, find_images, left_out, state_of
+from jaxseg.data.predictions import (
+    ImageCase,
+    Records,
+    find_images,
+    left_out,
+    state_of,
+    written_bytes,
+)
 from jaxseg.experiment.predictor import check_image, load_predictor, segment
 from jaxseg.inference import postprocess
 from jaxseg.problem import Problem, file_problem
@@ -94,6 +101,7 @@ def predict(
     )
     waiting = [case for case in cases if not records.is_done(case)]
     num_before = len(cases) - len(waiting)
+    altered = [path for case in cases if case not in waiting for path in records.altered(case)]
     failed = {}
     with (
         open(os.path.join(folder, LOG_NAME), "a", encoding="utf-8") as log,
@@ -101,6 +109,8 @@ def predict(
     ):
         if others := left_out(input_path, folder, recursive):
             _say(log, f"left out, no image that can be read: {', '.join(others)}")
+        for path in altered:
+            _say(log, f"kept: {path} was changed since it was predicted; delete it to have it anew")
 
         def finish(job):
             # Whose the files are must be known before they are there.
@@ -219,6 +229,7 @@ def _write(job, label_values):
                 write_label(path, values, job.affine, label_values, like=job.case.path)
             else:
                 write_map(path, values, job.affine, like=job.case.path)
+        job.record["written_bytes"] = written_bytes(job.case)
     job.results = None
 
 

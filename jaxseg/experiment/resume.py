@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
 from jaxseg.config_planned import decided, undecided
+from jaxseg.data.digests import files_of
 from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.gather import Data
 from jaxseg.experiment.setup import RunProblem
@@ -93,7 +94,7 @@ def _changed_files(saved, now, data):
     lines += [f"case {case_id} is new" for case_id in now if case_id not in saved]
     for case_id in saved.keys() & now.keys():
         for path, before, after in zip(
-            cases[case_id].paths, saved[case_id], now[case_id], strict=False
+            files_of(cases[case_id]), saved[case_id], now[case_id], strict=False
         ):
             if before != after:
                 lines.append(f"case {case_id}: {path} has changed")

@@ -227,6 +227,32 @@ def test_changed_data_is_another_digest(tmp_path, dataset):
     assert len(set(seen)) == 8
 
 
+def test_voxels_beside_a_header_and_a_spacing_beside_a_stack_are_in_the_digest(tmp_path, dataset):
+    def of(path):
+        case = dataclasses.replace(dataset.cases[0], image_paths=(str(path),), label_path=None)
+        found, by_case = digests.digest_of_data(
+            dataclasses.replace(dataset, cases=(case,)), str(tmp_path / "cache")
+        )
+        assert digests.files_of(case) == [str(path), str(beside)]
+        assert by_case == {
+            case.case_id: [hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, beside)]
+        }
+        return found
+
+    header, beside = tmp_path / "a.mhd", tmp_path / "a.raw"
+    header.write_text("NDims = 3\nElementDataFile = a.raw\n")
+    beside.write_bytes(b"voxels")
+    first = of(header)
+    beside.write_bytes(b"vowels")
+    assert of(header) != first
+    stack, beside = tmp_path / "b.tif", tmp_path / "b.json"
+    stack.write_bytes(b"pages")
+    beside.write_text('{"spacing": [1, 1, 1]}')
+    first = of(stack)
+    beside.write_text('{"spacing": [2, 1, 1]}')
+    assert of(stack) != first
+
+
 def test_changed_bytes_of_a_file_are_prepared_again(tmp_path, dataset, count_reads):
     before, _, sha256 = prepare(dataset, tmp_path / "cache")
     flipped = whole(before["case_02"]).image[::-1]

@@ -85,7 +85,7 @@ def test_find_images_refuses_a_folder(tmp_path, names, output, message):
 def test_find_images_refuses_to_write_over_an_image(tmp_path):
     make_files(tmp_path, "a.nii.gz", "b.txt")
     for path, folder, message in (
-        ("a.nii.gz", ".", "an output of .*, is an image to segment too"),
+        ("a.nii.gz", ".", "an output of .*, is a file of an image to segment too"),
         ("b.txt", "out", r"b\.txt is no NIfTI"),
         ("c.nii", "out", r"c\.nii: no such file"),
     ):
@@ -122,6 +122,53 @@ def test_records_say_done_only_where_files_and_image_are_as_they_were(tmp_path):
     image.unlink()
     assert not again.is_done(case)
     assert sorted(os.listdir(folder)) == ["a.nii.gz", "predictions.json"]
+
+
+def test_voxels_beside_a_header_are_of_the_image(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    make_files(tmp_path / "in", "a.mhd", "a.raw", "b.raw")
+    (tmp_path / "in" / "a.mhd").write_text("NDims = 3\nElementDataFile = a.raw\n")
+    assert predictions.left_out(tmp_path / "in", folder, False) == ["b.raw"]
+    (case,) = find(tmp_path / "in")
+    records = predictions.Records(folder, [case], **PREDICTOR)
+    make_files(folder, "a.mha")
+    records.add(case, predictions.state_of(case))
+    assert records.is_done(case)
+    os.utime(tmp_path / "in" / "a.raw", ns=(1, 1))
+    assert not records.is_done(case)
+
+
+def test_the_spacing_beside_a_stack_replaces_no_file(tmp_path):
+    make_files(tmp_path / "in", "a.tif", "predictions.tif")
+    for name in ("a", "predictions"):
+        (tmp_path / "in" / f"{name}.json").write_text('{"spacing": [2, 1, 1]}')
+    with pytest.raises(
+        predictions.FolderProblem, match=r"predictions\.tif, is the file of the rec"
+    ):
+        find(tmp_path / "in")
+    (tmp_path / "in" / "predictions.tif").unlink()
+    cases = find(tmp_path / "in")
+    make_files(tmp_path / "out", "a.json")
+    with pytest.raises(predictions.FolderProblem, match=r"1 file.*first .*a\.json"):
+        predictions.Records(tmp_path / "out", cases, **PREDICTOR)
+
+
+def test_an_empty_output_is_made_again_and_a_changed_one_told(tmp_path):
+    make_files(tmp_path / "in", "a.nii")
+    (case,) = find(tmp_path / "in")
+    make_files(tmp_path / "out", "predictions.json", "a.nii.gz")
+    (tmp_path / "out" / "predictions.json").unlink()
+    records = predictions.Records(tmp_path / "out", [], **PREDICTOR)
+    written = {"written_bytes": predictions.written_bytes(case)}
+    records.add(case, predictions.state_of(case) | written)
+    assert records.is_done(case)
+    assert records.altered(case) == []
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"edited by hand")
+    assert records.is_done(case)
+    assert records.altered(case) == [str(tmp_path / "out" / "a.nii.gz")]
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"")
+    assert not records.is_done(case)
 
 
 def test_records_of_another_predictor_are_refused(tmp_path):

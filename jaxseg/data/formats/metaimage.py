@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,27 @@ from jaxseg.data.formats.volume import Header, Volume
 from jaxseg.problem import file_problem
 from jaxseg.run.writers import replacing
 
+_DATA_FILE = re.compile(rb"^ElementDataFile\s*=\s*(.+?)\s*$", re.MULTILINE)
+_MAX_HEADER = 1 << 20
 _TO_RAS = np.array([-1.0, -1.0, 1.0])  # ITK's world has its axes to the left and to the back
+
+
+def files_beside(path: str | Path) -> list[str]:
+    """The files of the voxels, where the header is not in theirs; raises OSError."""
+    with open(path, "rb") as file:
+        header = file.read(_MAX_HEADER)
+    found = _DATA_FILE.search(header)
+    value = os.fsdecode(found[1]) if found else "LOCAL"
+    if value.upper() == "LOCAL":
+        return []
+    names = [value]
+    if found and value.upper().startswith("LIST"):
+        names = os.fsdecode(header[found.end() :]).split()
+    elif "%" in value:  # of slices: their names with a number, its first, last and step
+        pattern, *numbers = value.split()
+        first, last, step = (*map(int, numbers), 1)[:3]
+        names = [pattern % number for number in range(first, last + 1, step)]
+    return [os.path.join(os.path.dirname(path), name) for name in names]
 
 
 def read_header(path: str | Path, spacing_from: str) -> Header:

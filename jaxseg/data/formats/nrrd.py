@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,19 @@ _TYPES = {
     "f4": ("float",),
     "f8": ("double",),
 }
+_DATA_FILE = re.compile(rb"data ?file:\s*(.+?)\s*$")
 _GEOMETRY_FIELDS = ("space", "space origin", "space units", "measurement frame")
+
+
+def files_beside(path: str | Path) -> list[str]:
+    """The file of the voxels, where the header is detached from them; raises OSError."""
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.strip():
+                break
+            if found := _DATA_FILE.match(line):
+                return [os.path.join(os.path.dirname(path), os.fsdecode(found[1]))]
+    return []
 
 
 def read_header(path: str | Path, spacing_from: str) -> Header:

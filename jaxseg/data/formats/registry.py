@@ -19,6 +19,7 @@ KINDS = "NIfTI, MGH, NRRD, MetaImage, or a picture (.png, .jpg, .jpeg, .bmp, .ti
 Read = Callable[[str | Path, Any, str], Volume]
 ReadHeader = Callable[[str | Path, str], Header]
 Write = Callable[[str | Path, np.ndarray, np.ndarray, str | Path | None], None]
+FilesBeside = Callable[[str | Path], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,22 +31,35 @@ class Format:
       read: function (path, dtype or None, spacing_from) -> Volume.
       read_header: function (path, spacing_from) -> Header; reads no values.
       write: function (path, values, affine, like).
+      files_beside: function (path) -> further files that hold voxels or spacing of a file, there or
+        not; raises OSError.
     """
 
     suffixes: tuple[str, ...]
     read: Read
     read_header: ReadHeader
     write: Write
+    files_beside: FilesBeside = lambda path: []
 
 
 _VOLUMES = (
     Format((".nii.gz", ".nii"), nifti.read, nifti.read_header, nifti.write),
     Format((".mgz", ".mgh"), mgh.read, mgh.read_header, mgh.write),
-    Format((".nrrd", ".nhdr"), nrrd.read, nrrd.read_header, nrrd.write),
-    Format((".mha", ".mhd"), metaimage.read, metaimage.read_header, metaimage.write),
+    Format((".nrrd", ".nhdr"), nrrd.read, nrrd.read_header, nrrd.write, nrrd.files_beside),
+    Format(
+        (".mha", ".mhd"),
+        metaimage.read,
+        metaimage.read_header,
+        metaimage.write,
+        metaimage.files_beside,
+    ),
 )
 _TIFF_VOLUME = Format(
-    (".tif", ".tiff"), tiff_volume.read, tiff_volume.read_header, tiff_volume.write
+    (".tif", ".tiff"),
+    tiff_volume.read,
+    tiff_volume.read_header,
+    tiff_volume.write,
+    tiff_volume.files_beside,
 )
 
 
@@ -67,6 +81,27 @@ def is_volume(path: str | Path) -> bool:
 def is_image(path: str | Path) -> bool:
     """Whether the name is that of a volume or a picture that can be read."""
     return is_volume(path) or os.fspath(path).lower().endswith(PICTURE_SUFFIXES)
+
+
+def files_of(path: str | Path) -> list[str]:
+    """All files that an image consists of, the one that names it first.
+
+    The others hold the voxels of a header, or the spacing of a stack; they may be missing. Of a
+    file that can not be read, none is known.
+    """
+    path, found = os.fspath(path), format_of(path)
+    try:
+        return [path, *(found.files_beside(path) if found else [])]
+    except OSError:
+        return [path]
+
+
+def files_written(path: str | Path, like: str | Path) -> list[str]:
+    """All files that `write_volume`, or a writer of pictures, makes of `path` for an image."""
+    path = os.fspath(path)
+    if format_of(like) is _TIFF_VOLUME:
+        return [path, tiff_volume.written_spacing_file(path)]
+    return [path]
 
 
 def stem_of(path: str | Path) -> str:

@@ -29,6 +29,17 @@ def spacing_file(path: str | Path) -> Path | None:
     return None
 
 
+def files_beside(path: str | Path) -> list[str]:
+    """The file of the spacing."""
+    beside = spacing_file(path)
+    return [] if beside is None else [os.fspath(beside)]
+
+
+def written_spacing_file(path: str | Path) -> str:
+    """Where `write` puts the spacing of a stack."""
+    return os.fspath(Path(path).with_suffix(".json"))
+
+
 def read_header(path: str | Path, spacing_from: str) -> Header:
     """What the files say of their values.
 
@@ -69,7 +80,7 @@ def write(
     source = None if like is None else spacing_file(like)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()
     text = json.dumps({"spacing": spacing}) if source is None else source.read_text("utf-8")
-    write_text(Path(path).with_suffix(".json"), text)
+    write_text(written_spacing_file(path), text)
 
 
 def _header_of(path, picture):

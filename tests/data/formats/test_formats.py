@@ -178,3 +178,44 @@ def test_a_slice_stays_a_slice(tmp_path):
     )
     assert nibabel.load(tmp_path / "b.nii").shape == (5, 4)
     labels.read_label(tmp_path / "b.nii", LabelCoding((0, 1)))
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+def test_voxels_beside_a_header_are_files_of_the_image(tmp_path, suffix):
+    sitk, image = sitk_image(np.zeros((3, 4, 5), np.int16))
+    (tmp_path / "a.b").mkdir()
+    path = tmp_path / "a.b" / f"c{suffix}"
+    sitk.WriteImage(image, str(path))
+    (voxels,) = set(path.parent.iterdir()) - {path}
+    assert registry.files_of(path) == [str(path), str(voxels)]
+    voxels.unlink()
+    assert registry.files_of(path) == [str(path), str(voxels)]
+    path.unlink()
+    assert registry.files_of(path) == [str(path)]
+    whole = path.with_suffix({".mhd": ".mha", ".nhdr": ".nrrd"}[suffix])
+    sitk.WriteImage(image, str(whole))
+    assert registry.files_of(whole) == [str(whole)]
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("LOCAL", []),
+        ("a b.raw", ["a b.raw"]),
+        ("s%02d.raw 1 5 2", ["s01.raw", "s03.raw", "s05.raw"]),
+        ("LIST\nx.raw\ny.raw", ["x.raw", "y.raw"]),
+    ],
+)
+def test_a_metaimage_names_its_files_in_several_ways(tmp_path, value, names):
+    path = tmp_path / "a.mhd"
+    path.write_text(f"ObjectType = Image\nNDims = 3\nElementDataFile = {value}\n")
+    assert registry.files_of(path) == [str(path), *(str(tmp_path / name) for name in names)]
+
+
+def test_the_spacing_beside_a_stack_is_a_file_of_it(tmp_path):
+    (tmp_path / "a.json").write_text('{"spacing": [3, 1, 1]}')
+    stack = str(tmp_path / "a_0001.tif")
+    assert registry.files_of(stack) == [stack, str(tmp_path / "a.json")]
+    assert registry.files_written("out/a.tif", stack) == ["out/a.tif", "out/a.json"]
+    assert registry.files_written("out/a.tif", tmp_path / "b.tif") == ["out/a.tif"]
+    assert registry.files_of(tmp_path / "b.tif") == [str(tmp_path / "b.tif")]
