@@ -156,11 +156,13 @@ def time_without_network(restored, image, affine):
     size = image.shape[:3]
     spacing_mm = geometry.spacing_mm_from_affine(affine)
     grid = geometry.resampled_shape(size, spacing_mm, recipe.spacing_mm)
-    arguments = resampling.boxed(image), np.int32(size), np.int32(grid)
+    coarse = np.int32(whole_volume.coarse_axis(spacing_mm, recipe))
+    arguments = resampling.boxed(image), np.int32(size), np.int32(grid), coarse
 
-    def prepare(volume, size, grid):
-        prepared = resampling.resample(volume, size, grid, grid_box, recipe.image_order)
-        return normalisation.normalise(prepared, grid, recipe.statistics)
+    def prepare(volume, size, grid, coarse):
+        volume = normalisation.normalise(volume, size, recipe.statistics)
+        along = np.arange(3) == coarse
+        return resampling.resample(volume, size, grid, along, grid_box, recipe.image_order)
 
     grid_box = resampling.box_of(grid)
 

@@ -60,13 +60,18 @@ FIELDS: dict[str, Any] = {
         "fold": 0,  # also which entry of a `file` that lists folds
     },
     "preprocess": {
-        "spacing_mm": (),  # () means the median spacing of the training cases
+        # () means the median spacing of the training cases, where slices keep the distance between
+        # them; 0 leaves an axis as it is.
+        "spacing_mm": (),
         # Which of the axes left-right, back-front and feet-head comes where; slices are cut across
         # the last. () means the thickest last for slices, and (0, 1, 2) for volumes.
         "axes": (),
         "image_order": 1,  # spline order of resampling: 1 linear, 3 cubic
         "label_order": 1,  # 1: linear resampling of one-hot labels, 0: nearest
-        "normalisation": "auto",  # ct where dataset.json says CT, else zscore
+        "crop": False,  # to the box of what is not 0 in every channel, and paste back
+        # Of all channels, or of each with commas between them. auto: what the channel's name says;
+        # zscore_inside: of what is not 0.
+        "normalisation": "auto",
     },
     # Each transform is drawn with its probability, for each example.
     "augment": {
@@ -192,7 +197,15 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data.spacing_from": ("pixdim", "sform"),
     "plan.preset": ("", "auto", "compact", "nnunet", "resenc_m", "resenc_l", "resenc_xl"),
     "plan.configuration": ("auto", "2d", "3d_fullres", "3d_lowres"),
-    "preprocess.normalisation": ("auto", "ct", "zscore"),
+    "preprocess.normalisation": (
+        "auto",
+        "ct",
+        "zscore",
+        "zscore_inside",
+        "rescale_to_0_1",
+        "rgb_to_0_1",
+        "none",
+    ),
     "preprocess.image_order": (1, 3),
     "preprocess.label_order": (0, 1),
     "model.norm": ("instance", "batch", "group", "none"),
@@ -222,7 +235,6 @@ MODEL_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 POSITIVE = (
     "data.patch_size",
-    "preprocess.spacing_mm",
     "augment.scaling.range",
     "augment.elastic.spacing_voxels",
     "augment.blur.range_sigma_voxels",
@@ -246,6 +258,7 @@ POSITIVE = (
 )
 
 NOT_NEGATIVE = (
+    "preprocess.spacing_mm",
     "augment.elastic.range_magnitude_voxels",
     "augment.noise.range_variance",
     "optim.weight_decay",

@@ -55,10 +55,17 @@ def _problems_of(config):
 
 def _choice_problems(model, fields):
     return [
-        _not_a_choice(name, fields[name], choices)
+        _not_a_choice(name, value, choices)
         for name, choices in choices_of(model).items()
-        if name in fields and fields[name] not in choices
+        if name in fields
+        for value in _chosen(name, fields[name])
+        if value not in choices
     ]
+
+
+def _chosen(name, value):
+    """What a field chooses: of normalisation one for each channel."""
+    return re.split(r"\s*,\s*", value) if name == "preprocess.normalisation" else [value]
 
 
 def _sign_problems(fields):

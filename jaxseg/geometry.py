@@ -16,6 +16,11 @@ from scipy import ndimage
 SAME_GRID_VOXELS = 0.01
 NEARLY_SAME_GRID_VOXELS = 0.5
 
+# An axis is resampled apart from the others where its voxels are longer by more than this factor.
+COARSE = 3.0
+# Of spacings, which come as float32 and are divided: what differs by less is equal.
+_SPACING_ROUNDING = 1e-5
+
 # Shares of voxels that differ by less are equal but for rounding.
 _ROUNDING = 1e-6
 
@@ -119,15 +124,66 @@ def resampled_shape(
     Args:
       shape: Voxels along each axis, 3 ints.
       spacing_mm: Spacing of that grid, 3 floats.
-      target_spacing_mm: Wanted spacing, 3 floats.
+      target_spacing_mm: Wanted spacing, 3 floats; 0 leaves an axis as it is.
     Returns:
       Tuple of 3 ints, each rounded to the nearest and at least 1.
     """
-    ratio = np.asarray(spacing_mm, np.float64) / np.asarray(target_spacing_mm, np.float64)
+    spacing_mm = np.asarray(spacing_mm, np.float64)
+    ratio = spacing_mm / _or_as_it_is(np.asarray(target_spacing_mm, np.float64), spacing_mm)
     return tuple(max(1, int(n)) for n in np.round(np.asarray(shape) * ratio))
 
 
-def resample_to_shape(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
+def coarse_axis(spacing_mm: Any, target_spacing_mm: Any) -> Any:
+    """The axis along which voxels are so long that interpolating would invent what lies between.
+
+    That of the largest spacing, where it is more than COARSE times the smallest before resampling,
+    else after it; none if two axes have it.
+
+    Args:
+      spacing_mm, target_spacing_mm: [3] floats, NumPy's or JAX's; of the latter 0 leaves an axis as
+        it is.
+    Returns:
+      0, 1 or 2, or -1 for none, as an integer of the same library.
+    Reference: resampling in nnU-Net v2 (Isensee et al. 2021).
+    """
+    target_spacing_mm = _or_as_it_is(target_spacing_mm, spacing_mm)
+    most = COARSE * (1 + _SPACING_ROUNDING)
+    before = spacing_mm.max() > most * spacing_mm.min()
+    spacing_mm = before * spacing_mm + (1 - before) * target_spacing_mm
+    largest = spacing_mm.max()
+    alone = (spacing_mm > largest * (1 - _SPACING_ROUNDING)).sum() == 1
+    return (alone & (largest > most * spacing_mm.min())) * (spacing_mm.argmax() + 1) - 1
+
+
+def _or_as_it_is(target_spacing_mm, spacing_mm):
+    return target_spacing_mm + (target_spacing_mm == 0) * spacing_mm
+
+
+def nonzero_box(image: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box with every voxel of [X, Y, Z, C] that is not 0 in all channels.
+
+    The whole image if there is none.
+    """
+    there = (image != 0).any(-1)
+    spans = []
+    for axis, size in enumerate(there.shape):
+        others = tuple(other for other in range(3) if other != axis)
+        places = np.flatnonzero(there.any(others))
+        spans.append(slice(int(places[0]), int(places[-1]) + 1) if places.size else slice(0, size))
+    first, second, third = spans
+    return first, second, third
+
+
+def cropped_affine(affine: np.ndarray, box: Sequence[slice]) -> np.ndarray:
+    """The affine of a part of a grid, [4, 4] float64."""
+    result = np.array(affine, np.float64)
+    result[:3, 3] += result[:3, :3] @ [span.start for span in box]
+    return result
+
+
+def resample_to_shape(
+    array: np.ndarray, shape: Sequence[int], order: int, coarse: int = -1
+) -> np.ndarray:
     """Interpolates a volume on a grid of another size that covers the same extent.
 
     Output voxel o reads the input at (o + 0.5) n_in / n_out - 0.5; beyond the outermost voxel
@@ -137,13 +193,16 @@ def resample_to_shape(array: np.ndarray, shape: Sequence[int], order: int) -> np
       array: [X, Y, Z, C], any real dtype.
       shape: Wanted grid size, 3 ints.
       order: Spline order: 0 nearest, 1 linear, 3 cubic.
+      coarse: Of `coarse_axis`: along it each output voxel takes the input voxel that its centre
+        lies in.
     Returns:
       [*shape, C] float32; the values of `array` where the size does not change.
     """
     array = np.asarray(array, np.float32)
     if array.shape[:3] == tuple(shape):
         return array.copy()
-    return np.stack([_zoom(channel, shape, order) for channel in np.moveaxis(array, -1, 0)], -1)
+    channels = np.moveaxis(array, -1, 0)
+    return np.stack([_zoom(channel, shape, order, coarse) for channel in channels], -1)
 
 
 def resample_label_to_shape(
@@ -153,6 +212,7 @@ def resample_label_to_shape(
     order: int,
     *,
     keep_thin: bool = True,
+    coarse: int = -1,
 ) -> np.ndarray:
     """Resamples class indices without inventing classes, on the grid of `resample_to_shape`.
 
@@ -168,6 +228,7 @@ def resample_label_to_shape(
       order: 0 takes the nearest voxel; 1 interpolates each class's indicator linearly and takes
         the largest.
       keep_thin: False takes the lowest class of equals and lets thin structures vanish.
+      coarse: As for `resample_to_shape`.
     Returns:
       [*shape] uint8.
     Raises:
@@ -181,12 +242,12 @@ def resample_label_to_shape(
     if label.shape == tuple(shape):
         return label.astype(np.uint8)
     if order == 0:
-        result = _zoom(label.astype(np.uint8), shape, order)
+        result = _zoom(label.astype(np.uint8), shape, order, coarse)
     else:
         result = np.zeros(shape, np.uint8)
         largest = np.zeros(shape, np.float32)
         for index in classes:
-            share = _zoom((label == index).astype(np.float32), shape, order)
+            share = _zoom((label == index).astype(np.float32), shape, order, coarse)
             result[share > largest - (_ROUNDING if keep_thin else 0)] = index
             np.maximum(largest, share, out=largest)
     for index in classes[classes > 0] if keep_thin else ():
@@ -268,6 +329,12 @@ def _canonical_axes(affine):
     return source_axes, rotation[range(3), source_axes] < 0
 
 
-def _zoom(volume, shape, order):
+def _zoom(volume, shape, order, coarse=-1):
+    if coarse >= 0:
+        sizes = list(shape)
+        num, there = sizes.pop(coarse), volume.shape[coarse]
+        slices = [_zoom(part, sizes, order) for part in np.moveaxis(volume, coarse, 0)]
+        taken = (2 * np.arange(num) + 1) * there // (2 * num)
+        return np.moveaxis(np.stack(slices)[taken], 0, coarse)
     factors = np.divide(shape, volume.shape)
     return ndimage.zoom(volume, factors, order=order, mode="nearest", grid_mode=True)

@@ -135,14 +135,14 @@ def _shard_mapped(step, layout, in_specs, out_specs, donated=()):
 
 
 def pmap_parts(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps (variables, volume, size, grid, part) over the local devices, each with its own part.
+    """Maps (variables, volume, size, grid, coarse, part) over the local devices.
 
     `part` and what is returned have a leading axis of devices, the rest goes to all of them.
     """
     return jax.pmap(
         function,
         axis_name=AXIS_NAME,
-        in_axes=(None, None, None, None, 0),
+        in_axes=(None, None, None, None, None, 0),
         devices=jax.local_devices(),
     )
 

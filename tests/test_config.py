@@ -85,7 +85,7 @@ def test_all_problems_are_reported_at_once():
         "split.test_fraction": 0.4,
         "split.num_folds": 1,
         "preprocess.spacing_mm": (1.0, -1.0),
-        "preprocess.normalisation": "z-score",
+        "preprocess.normalisation": "ct, z-score",
         "augment.rotation.range_deg": (30.0, -30.0),
         "augment.blur.prob": -0.1,
         "augment.flip.axes": (0, 2),

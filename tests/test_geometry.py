@@ -1,8 +1,10 @@
 import itertools
 
+import jax
 import nibabel
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from jaxseg import geometry
 
@@ -312,3 +314,63 @@ def test_label_resampling_refuses(value, order, message):
     label = np.full((2, 2, 2), value)
     with pytest.raises(ValueError, match=message):
         geometry.resample_label_to_shape(label, (4, 4, 4), num_classes=3, order=order)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "target_mm", "expected"),
+    [
+        ((1, 1, 1), (1, 1, 1), -1),
+        ((1, 1, 3), (1, 1, 1), -1),  # not more than three times
+        ((1, 1, 3.1), (1, 1, 1), 2),
+        ((4, 1.2, 1), (1, 1, 1), 0),
+        ((1, 1, 2), (1, 5, 1), 1),  # coarse only after
+        ((5, 1, 1), (1, 1, 9), 0),  # before it counts first
+        ((5, 5, 1), (1, 1, 9), -1),  # two axes alike before, so none
+        ((1, 1, 1), (5, 1, 5), -1),
+        ((1, 1, 5), (0.5, 0.5, 0), 2),  # 0 is as it is
+        ((1, 1, 2), (0.5, 0.5, 0), 2),
+        ((0.9, 0.3, 0.3), (1, 1, 1), -1),  # three times but for rounding
+    ],
+)
+def test_the_coarse_axis_is_that_of_nnunet(spacing_mm, target_mm, expected):
+    spacing_mm, target_mm = np.array(spacing_mm, float), np.array(target_mm, float)
+    assert geometry.coarse_axis(spacing_mm, target_mm) == expected
+    jitted = jax.jit(geometry.coarse_axis)
+    assert jitted(np.float32(spacing_mm), np.float32(target_mm)) == expected
+
+
+def test_along_a_coarse_axis_nothing_is_interpolated():
+    array = np.array([1.0, 5.0, 2.0]).reshape(1, 1, 3, 1)
+    result = geometry.resample_to_shape(np.tile(array, (4, 6, 1, 1)), (2, 9, 7), 3, coarse=2)
+    # Centres at 3/14, 9/14, 15/14 ... of a voxel.
+    expected = np.broadcast_to([1, 1, 5, 5, 5, 2, 2], (2, 9, 7))
+    np.testing.assert_allclose(result[..., 0], expected, atol=1e-6)
+    label = np.zeros((4, 6, 3), np.uint8)
+    label[1:3, 2:4, 1] = 1
+    found = geometry.resample_label_to_shape(label, (4, 6, 7), 2, 1, coarse=2)
+    np.testing.assert_array_equal(found, label[:, :, [0, 0, 1, 1, 1, 2, 2]])
+
+
+def test_in_plane_of_a_coarse_axis_each_slice_is_interpolated_by_itself():
+    volume = np.random.default_rng(0).normal(size=(5, 12, 9, 1)).astype(np.float32)
+    found = geometry.resample_to_shape(volume, (5, 20, 7), 3, coarse=0)
+    for part, whole in zip(volume, found, strict=True):
+        alone = ndimage.zoom(
+            part[..., 0], (20 / 12, 7 / 9), order=3, mode="nearest", grid_mode=True
+        )
+        np.testing.assert_allclose(whole[..., 0], alone, atol=1e-6)
+
+
+def test_the_box_of_what_is_not_zero_and_its_place():
+    image = np.zeros((6, 7, 8, 2))
+    assert geometry.nonzero_box(image) == (slice(0, 6), slice(0, 7), slice(0, 8))
+    image[2, 3, 1, 0], image[4, 3, 7, 1] = -1, 5
+    box = geometry.nonzero_box(image)
+    assert box == (slice(2, 5), slice(3, 4), slice(1, 8))
+    affine = np.array([[0, 2, 0, 10], [3, 0, 0, 20], [0, 0, 4, 30], [0, 0, 0, 1.0]])
+    found = geometry.cropped_affine(affine, box)
+    np.testing.assert_array_equal(found @ [1, 0, 2, 1], affine @ [3, 3, 3, 1])
+
+
+def test_an_axis_without_a_target_stays_as_it_is():
+    assert geometry.resampled_shape((10, 20, 7), (1, 2, 3), (2, 1, 0)) == (5, 40, 7)

@@ -181,14 +181,15 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
         image, affine = read_case_image(dataset, case)
         label = read_case_label(dataset, case)
         num_classes = len(dataset.class_names)
-        label = preprocess.preprocess_label(label, affine, plan, num_classes)
+        box = preprocess.kept_box(image, affine, plan)
+        label = preprocess.preprocess_label(label, affine, plan, num_classes, box)
         arrays = {
             "image": preprocess.preprocess_image(image, affine, plan)[0],
             "label": label,
         }
         if self._border_weight:
             instances = read_case_instances(dataset, case)
-            instances = preprocess.preprocess_instances(instances, affine, plan)
+            instances = preprocess.preprocess_instances(instances, affine, plan, box)
             arrays["weight"] = preprocess.border_weights(instances, **self._border_weight)
         if dataset.coding.ignore:
             weight = arrays.get("weight", np.ones(label.shape, np.float32))

@@ -49,7 +49,7 @@ def prepare(
       progress: function (iterable, title) -> iterable that shows progress.
       process_index, process_count: which of the processes this is.
       barrier: function (name) that returns when every process has called it.
-      **options: `make_plan`'s own: spacing_mm, normalisation, image_order, label_order.
+      **options: `make_plan`'s own: spacing_mm, normalisation, crop, image_order, label_order.
     Returns:
       (store, plan): CaseStore, Plan.
     Raises:
@@ -62,17 +62,21 @@ def prepare(
     chosen = [case for case in dataset.cases if case.case_id in set(plan_ids)]
     axes = axes or _axes(survey, plan_ids, slices)
     axes = axes if saved_plan is None else saved_plan.axes
-    wanted = repr((sha256, sorted(plan_ids), sorted(options.items()), CaseBuilder.VERSION))
+    # What plans of versions before did not know is no part of the names of their caches.
+    known = sorted(item for item in options.items() if item != ("crop", False))
+    wanted = repr((sha256, sorted(plan_ids), known, CaseBuilder.VERSION))
     if border_weight:
         wanted += repr(sorted(border_weight.items()))
     if saved_plan is None or saved_plan.keep_thin:  # else of version 0.1, whose cache is used
         wanted += repr((tuple(axes), dataset.spacing_from, "keep_thin"))
+    if saved_plan is None or saved_plan.normalise_first:
+        wanted += repr(("normalise_first", "coarse_apart", slices))
     folder = os.path.join(cache_dir, hashlib.sha256(wanted.encode()).hexdigest()[:16])
     plan_path = os.path.join(folder, "plan.json")
     if process_index == 0:
         if (plan := saved_plan or _read_plan(plan_path)) is None:
             shown = progress(chosen, title="planning")
-            plan = preprocess.make_plan(dataset, shown, axes=axes, **options)
+            plan = preprocess.make_plan(dataset, shown, axes=axes, slices=slices, **options)
         os.makedirs(folder, exist_ok=True)
         writers.write_text(plan_path, plan.to_json())
         barrier("plan")
@@ -118,10 +122,11 @@ def _check_memory(dataset, survey, plan):
     problems, most = [], 0
     for case in dataset.cases:
         facts = survey[case.case_id]
-        shape = preprocess.target_shape(facts.shape, facts.spacing_mm, plan)
+        kept = facts.measures.cropped_shape if plan.crop else facts.shape
+        shape = preprocess.target_shape(kept, facts.spacing_mm, plan)
         num_channels = len(plan.normalisation)
         most = max(most, memory.bytes_to_prepare(facts.shape, shape, num_channels))
-        if wrong := memory.grid_too_large(facts.shape, facts.spacing_mm, shape, num_channels):
+        if wrong := memory.grid_too_large(kept, facts.spacing_mm, shape, num_channels):
             problems.append(
                 f"{case.image_path}: {wrong}; correct its spacing, leave it out with "
                 "--config.data.exclude, or set a coarser --config.preprocess.spacing_mm"

@@ -1,4 +1,4 @@
-"""From the scanner's grid and units to the network's, and back: orient, resample, normalise."""
+"""From the scanner's grid and units to the network's: orient, crop, normalise, resample."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from jaxseg.data import familiarity
 from jaxseg.data.cases import Case, Dataset, DatasetProblems
 from jaxseg.data.label_values import IGNORED
 from jaxseg.data.reading import read_case_image, read_case_label
+from jaxseg.planning.normalisation import CONSTANTS, schemes_of
 
 # Enough voxels per case for stable percentiles, few enough to keep those of every case in memory.
 VOXELS_PER_CASE = 10_000
@@ -26,10 +27,10 @@ class Plan:
     """How to preprocess; made from training cases alone and saved with the model.
 
     Attributes:
-      spacing_mm: target spacing of the RAS+ grid, three floats.
-      normalisation: "ct" or "zscore" for each channel.
+      spacing_mm: target spacing of the RAS+ grid, three floats; 0 where each case keeps its own.
+      normalisation: of `planning.normalisation.SCHEMES`, for each channel.
       intensity: for each "ct" channel (low, high, mean, std): clipping bounds, then mean and
-        standard deviation, all of the training cases' foreground; () for a "zscore" channel.
+        standard deviation, all of the training cases' foreground; () for any other.
       image_order: spline order of image resampling, 1 or 3.
       label_order: 0 nearest, 1 linear of one-hot labels.
       axes: which RAS+ axis each axis of the network's grid runs along; slices are cut across the
@@ -38,6 +39,9 @@ class Plan:
       spacing_from: of `formats.placement.place`.
       keep_thin: of `geometry.resample_label_to_shape`.
       typical: what the training images are like, of `familiarity.typical_ranges`.
+      crop: whether only the box of what is not 0 in every channel is prepared.
+      normalise_first: whether images are normalised before they are resampled.
+      coarse_apart: whether a coarse axis is resampled apart, see `geometry.coarse_axis`.
     """
 
     spacing_mm: tuple[float, ...]
@@ -49,6 +53,9 @@ class Plan:
     spacing_from: str = "sform"
     keep_thin: bool = False
     typical: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    crop: bool = False
+    normalise_first: bool = False
+    coarse_apart: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -67,8 +74,10 @@ def make_plan(
     cases: Iterable[Case],
     *,
     axes: Sequence[int],
+    slices: bool = False,
     spacing_mm: Sequence[float],
     normalisation: str,
+    crop: bool,
     image_order: int,
     label_order: int,
 ) -> Plan:
@@ -78,11 +87,15 @@ def make_plan(
       dataset: that they are of.
       cases: the training cases (`jaxseg.data.cases.Case`), verified.
       axes: as in `Plan`.
-      spacing_mm: target spacing, or () for the median of `cases`.
-      normalisation: "ct", "zscore", or "auto": "ct" where the modality is CT.
-      image_order, label_order: as in `Plan`.
+      slices: whether the network sees slices.
+      spacing_mm: target spacing, or () for the median of `cases`, where slices keep the distance
+        between them.
+      normalisation: a scheme for all channels, or one for each with commas between them; "auto":
+        what the names of the modalities say, see `planning.normalisation.schemes_of`.
+      crop, image_order, label_order: as in `Plan`.
     Raises:
-      DatasetProblems: CT normalisation, and no foreground in any training label.
+      DatasetProblems: CT normalisation, and no foreground in any training label; or another number
+        of channels than of schemes.
     """
     spacings, foregrounds, features = [], [], []
     for case in cases:
@@ -91,7 +104,7 @@ def make_plan(
         spacings.append(geometry.spacing_mm_from_affine(canonical_affine))
         num_channels = image.shape[-1]
         names = dataset.modalities or ("unknown",) * num_channels
-        kinds = tuple(_normalisation_of(name, normalisation) for name in names)
+        kinds = _schemes(names, normalisation)
         features.append(familiarity.describe_image(image, spacings[-1], kinds))
         if "ct" in kinds:
             label, _ = geometry.to_canonical(read_case_label(dataset, case), affine)
@@ -104,8 +117,11 @@ def make_plan(
                 "normalised; check the labels, or set --config.preprocess.normalisation=zscore"
             ]
         )
+    median_mm = np.median(spacings, axis=0)
+    if slices:
+        median_mm[axes[2]] = 0
     return Plan(
-        spacing_mm=tuple(spacing_mm) or tuple(map(float, np.median(spacings, axis=0))),
+        spacing_mm=tuple(spacing_mm) or tuple(map(float, median_mm)),
         normalisation=kinds,
         intensity=tuple(
             _clipped_statistics(np.concatenate(foregrounds)[:, channel]) if kind == "ct" else ()
@@ -117,13 +133,16 @@ def make_plan(
         spacing_from=dataset.spacing_from,
         keep_thin=True,
         typical=familiarity.typical_ranges(features),
+        crop=crop,
+        normalise_first=True,
+        coarse_apart=True,
     )
 
 
 def preprocess_image(
     image: np.ndarray, affine: np.ndarray, plan: Plan
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Orients, resamples and normalises.
+    """Orients, crops, normalises and resamples.
 
     Args:
       image: [X, Y, Z, C] float32 as read.
@@ -133,35 +152,60 @@ def preprocess_image(
       (image, affine): [X', Y', Z', C] float32 on the grid of `plan.spacing_mm` along `plan.axes`,
       its affine.
     """
+    box = kept_box(image, affine, plan)
     image, affine = geometry.to_canonical(image, affine)
+    image, affine = image[box], geometry.cropped_affine(affine, box)
     shape = image.shape[:3]
-    new_shape = target_shape(shape, geometry.spacing_mm_from_affine(affine), plan)
-    image = geometry.resample_to_shape(image, new_shape, plan.image_order)
-    channels = [
-        _normalise(image[..., channel], kind, statistics)
-        for channel, (kind, statistics) in enumerate(
-            zip(plan.normalisation, plan.intensity, strict=True)
-        )
-    ]
+    new_shape, coarse = _new_grid(shape, geometry.spacing_mm_from_affine(affine), plan)
+    resample = functools.partial(
+        geometry.resample_to_shape, shape=new_shape, order=plan.image_order, coarse=coarse
+    )
+    image = (
+        resample(_normalised(image, plan))
+        if plan.normalise_first
+        else (_normalised(resample(image), plan))
+    )
     affine = geometry.resampled_affine(affine, shape, new_shape)[:, [*plan.axes, 3]]
-    return np.stack([channel.transpose(plan.axes) for channel in channels], axis=-1), affine
+    return image.transpose(*plan.axes, 3), affine
+
+
+def kept_box(image: np.ndarray, affine: np.ndarray, plan: Plan) -> tuple[slice, slice, slice]:
+    """The part of the RAS+ grid that is prepared of an image [X, Y, Z, C] as read."""
+    image, _ = geometry.to_canonical(image, affine)
+    if plan.crop:
+        return geometry.nonzero_box(image)
+    first, second, third = (slice(0, size) for size in image.shape[:3])
+    return first, second, third
 
 
 def preprocess_label(
-    label: np.ndarray, affine: np.ndarray, plan: Plan, num_classes: int
+    label: np.ndarray,
+    affine: np.ndarray,
+    plan: Plan,
+    num_classes: int,
+    box: tuple[slice, ...] = (),
 ) -> np.ndarray:
-    """Orients and resamples a label [X, Y, Z] uint8 to the grid of `preprocess_image`.
+    """Orients, crops and resamples a label [X, Y, Z] uint8 to the grid of `preprocess_image`.
 
     IGNORED stays what it is, and is resampled by itself.
+
+    Args:
+      label: [X, Y, Z] uint8 as read.
+      affine: [4, 4] of the file.
+      plan: Plan.
+      num_classes: background included.
+      box: of `kept_box`; () for the whole grid.
     """
     label, affine = geometry.to_canonical(label, affine)
-    new_shape = target_shape(label.shape, geometry.spacing_mm_from_affine(affine), plan)
+    label = label[box]
+    new_shape, coarse = _new_grid(label.shape, geometry.spacing_mm_from_affine(affine), plan)
     ignored = label == IGNORED if num_classes <= IGNORED else np.zeros(label.shape, bool)
     resample = functools.partial(
         geometry.resample_label_to_shape,
         shape=new_shape,
         order=plan.label_order,
         keep_thin=plan.keep_thin,
+        coarse=coarse,
     )
     resampled = resample(np.where(ignored, 0, label), num_classes=num_classes)
     if ignored.any():
@@ -170,12 +214,15 @@ def preprocess_label(
     return resampled.transpose(plan.axes)
 
 
-def preprocess_instances(instances: np.ndarray, affine: np.ndarray, plan: Plan) -> np.ndarray:
-    """Orients instances [X, Y, Z] int32 and resamples them by nearest neighbour.
+def preprocess_instances(
+    instances: np.ndarray, affine: np.ndarray, plan: Plan, box: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """Orients and crops instances [X, Y, Z] int32 and resamples them by nearest neighbour.
 
     Their numbers lie below 2^24, which float32 holds exactly.
     """
     instances, affine = geometry.to_canonical(instances, affine)
+    instances = instances[box]
     spacing_mm = geometry.spacing_mm_from_affine(affine)
     new_shape = target_shape(instances.shape, spacing_mm, plan)
     resampled = geometry.resample_to_shape(instances[..., None], new_shape, order=0)
@@ -225,6 +272,13 @@ def target_shape(
     return geometry.resampled_shape(shape, spacing_mm, plan.spacing_mm)
 
 
+def _new_grid(shape, spacing_mm, plan):
+    """(shape, coarse): what a grid is resampled to, and `geometry.coarse_axis`."""
+    target_mm = np.asarray(plan.spacing_mm, np.float64)
+    coarse = int(geometry.coarse_axis(spacing_mm, target_mm)) if plan.coarse_apart else -1
+    return target_shape(shape, spacing_mm, plan), coarse
+
+
 def slice_axes(
     shapes: Sequence[Sequence[int]], spacings_mm: Sequence[Sequence[float]]
 ) -> tuple[int, int, int]:
@@ -247,10 +301,22 @@ def slice_axes(
     return first, second, across
 
 
-def _normalisation_of(modality, wanted):
-    if wanted != "auto":
-        return wanted
-    return "ct" if modality.strip().upper() == "CT" else "zscore"
+def _schemes(names, wanted):
+    """The scheme of each channel."""
+    schemes = [scheme.strip() for scheme in wanted.split(",")]
+    schemes = schemes * len(names) if len(schemes) == 1 else schemes
+    if len(schemes) != len(names):
+        raise DatasetProblems(
+            [
+                f"preprocess.normalisation names {len(schemes)} schemes, images have {len(names)} "
+                "channels; name one for all, or one for each"
+            ]
+        )
+    by_name = schemes_of(names)
+    return tuple(
+        known if scheme == "auto" else scheme
+        for scheme, known in zip(schemes, by_name, strict=True)
+    )
 
 
 def _clipped_statistics(values):
@@ -259,12 +325,44 @@ def _clipped_statistics(values):
     return tuple(map(float, (low, high, clipped.mean(), max(clipped.std(), 1e-8))))
 
 
-def _normalise(channel, kind, statistics):
-    if kind == "zscore":
-        # A few extreme voxels (vessels, artefacts) must not set the scale of the whole volume.
-        statistics = _clipped_statistics(channel)
-        if statistics[0] == statistics[1]:  # almost all background: the few others are the image
-            channel_64 = channel.astype(np.float64)
-            statistics = channel.min(), channel.max(), channel_64.mean(), channel_64.std() or 1.0
-    low, high, mean, std = statistics
+def _normalised(image, plan):
+    """[X, Y, Z, C] float32 on the scale of the network."""
+    mask = None
+    if "zscore_inside" in plan.normalisation:
+        mask = ndimage.binary_fill_holes((image != 0).any(-1))
+    return np.stack(
+        [
+            _normalise(image[..., channel], scheme, statistics, mask)
+            for channel, (scheme, statistics) in enumerate(
+                zip(plan.normalisation, plan.intensity, strict=True)
+            )
+        ],
+        axis=-1,
+    )
+
+
+def _normalise(channel, scheme, statistics, mask=None):
+    if scheme == "zscore_inside" and mask.any():
+        inside = _normalise(channel[mask], "zscore", ())
+        result = np.zeros(channel.shape, np.float32)
+        result[mask] = inside
+        return result
+    if scheme == "ct":
+        low, high, mean, std = statistics
+    elif scheme in CONSTANTS:
+        low, high, mean, std = CONSTANTS[scheme]
+    elif scheme == "rescale_to_0_1":
+        low, high = channel.min(), channel.max()
+        mean, std = low, (high - low) or 1
+    else:
+        low, high, mean, std = _robust_statistics(channel)
     return ((np.clip(channel, low, high) - mean) / std).astype(np.float32)
+
+
+def _robust_statistics(channel):
+    # A few extreme voxels (vessels, artefacts) must not set the scale of the whole volume.
+    statistics = _clipped_statistics(channel)
+    if statistics[0] == statistics[1]:  # almost all background: the few others are the image
+        channel_64 = channel.astype(np.float64)
+        return channel.min(), channel.max(), channel_64.mean(), channel_64.std() or 1.0
+    return statistics

@@ -17,6 +17,7 @@ from jaxseg import parallel
 from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.members import members_of
 from jaxseg.inference import whole_volume
+from jaxseg.inference.normalisation import statistics_of
 from jaxseg.models.registry import create_model
 from jaxseg.run import weights
 from jaxseg.run.log import Log
@@ -164,7 +165,10 @@ def create_recipe(
         spacing_mm=plan.spacing_mm,
         image_order=plan.image_order,
         axes=plan.axes,
-        statistics=plan.intensity,
+        statistics=tuple(map(statistics_of, plan.normalisation, plan.intensity)),
+        crop=plan.crop,
+        normalise_first=plan.normalise_first,
+        coarse_apart=plan.coarse_apart,
         buffer_bytes=config.predict.buffer_mib << 20,
         **options,
     )

@@ -1,7 +1,8 @@
 """The whole predictor as one file that needs jax and numpy alone.
 
 The file is four parts with a line feed between them: `MAGIC`, the SHA-256 of the rest, a line of
-JSON ("spacing_mm" of the network's grid and "largest_grid", the most voxels it may have,
+JSON ("spacing_mm" of the network's grid, 0 along an axis that stays as it is, and "largest_grid",
+the most voxels it may have, "crop", whether the program takes the box of what is not 0 alone,
 "class_names", "label_values"), and the program, which `jax.export.deserialize` reads.
 """
 
@@ -27,7 +28,9 @@ from jaxseg.inference import resampling, whole_volume
 from jaxseg.problem import Problem
 from jaxseg.run import writers
 
-MAGIC = b"jaxseg predictor 1"
+MAGIC = b"jaxseg predictor 2"
+# Programs of version 0.1 take no spacings.
+MAGICS = (MAGIC, b"jaxseg predictor 1")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -46,8 +49,8 @@ def export_predictor(
       grid_box: array shape that holds the network's grid.
     Returns:
       bytes, as described above. The program takes volumes [b, *box, C] float32 of any number b,
-      their sizes [b, 3] int32 and the sizes of the network's grid [b, 3] int32, and returns class
-      indices [b, *box] uint8.
+      their sizes [b, 3] int32, the sizes of the network's grid [b, 3] int32 and the spacings of the
+      volumes [b, 3] float32 (mm), and returns class indices [b, *box] uint8.
     """
     variables = jax.device_get(predictor.variables)
     segment = functools.partial(_segment, variables, predictor.recipe, grid_box)
@@ -56,11 +59,13 @@ def export_predictor(
         jax.ShapeDtypeStruct((*batch, *box, predictor.num_channels), jnp.float32),
         jax.ShapeDtypeStruct((*batch, 3), jnp.int32),
         jax.ShapeDtypeStruct((*batch, 3), jnp.int32),
+        jax.ShapeDtypeStruct((*batch, 3), jnp.float32),
     )
     exported = jax_export.export(jax.jit(segment), platforms=PLATFORMS)(*arguments)
     about = {
         "spacing_mm": predictor.recipe.spacing_mm,
         "largest_grid": grid_box,
+        "crop": predictor.recipe.crop,
         "class_names": predictor.class_names,
         "label_values": predictor.label_values,
     }
@@ -68,15 +73,16 @@ def export_predictor(
     return b"\n".join((MAGIC, hashlib.sha256(rest).hexdigest().encode(), rest))
 
 
-def _segment(variables, recipe, grid_box, volumes, sizes, grids):
+def _segment(variables, recipe, grid_box, volumes, sizes, grids, spacings_mm):
     def segment_one(arguments):
-        volume, size, grid = arguments
+        volume, size, grid, spacing_mm = arguments
+        coarse = whole_volume.coarse_axis(spacing_mm, recipe)
         outputs = whole_volume.segment_volume(
-            variables, volume, size, grid, 0, recipe=recipe, grid_box=grid_box, num_parts=1
+            variables, volume, size, grid, coarse, 0, recipe=recipe, grid_box=grid_box, num_parts=1
         )
         return jnp.moveaxis(outputs["label"], (0, 1, 2), recipe.axis_order)
 
-    return jax.lax.map(segment_one, (volumes, sizes, grids))
+    return jax.lax.map(segment_one, (volumes, sizes, grids, spacings_mm))
 
 
 def load_exported(path: str | Path) -> tuple[dict[str, Any], Callable[..., Any]]:
@@ -93,7 +99,7 @@ def load_exported(path: str | Path) -> tuple[dict[str, Any], Callable[..., Any]]
     except OSError as error:
         raise ExportProblem(f"{path}: cannot be read ({error.strerror})") from None
     magic, _, rest = content.partition(b"\n")
-    if magic != MAGIC:
+    if magic not in MAGICS:
         raise ExportProblem(f"{path}: not a file that jaxseg.export wrote; export the run again")
     digest, _, rest = rest.partition(b"\n")
     if hashlib.sha256(rest).hexdigest().encode() != digest:

@@ -276,8 +276,12 @@ def _check_outputs(outputs, class_names, num_members):
 def _identity(recipe, steps, variables):
     known = dataclasses.replace(recipe, outputs=(), buffer_bytes=0, batch_size=0)
     digest = hashlib.sha256(repr((known, steps)).encode())
-    if recipe.axes != (0, 1, 2):  # which a recipe does not show, as none of version 0.1 did
+    # What a recipe does not show, as none of the versions before did.
+    if recipe.axes != (0, 1, 2):
         digest.update(repr(recipe.axes).encode())
+    ways = recipe.crop, recipe.normalise_first, recipe.coarse_apart
+    if any(ways):
+        digest.update(repr(ways).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()

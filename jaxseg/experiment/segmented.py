@@ -128,7 +128,7 @@ def segment_set(
         reference = read_case_label(dataset, case)
         outputs, path = _segment_and_write(run, variables, case, image, affine, set_name, steps)
         files.append(CaseFiles(dataset, case, path, affine))
-        sampled = whole_volume.sampled(reference, affine, run.recipe)
+        sampled = whole_volume.sampled(reference, image, affine, run.recipe)
         ignored = sampled == IGNORED if dataset.coding.ignore else None
         samples.append(
             _near_foreground(outputs["sample"], sampled, CALIBRATION_VOXELS // len(work), ignored)

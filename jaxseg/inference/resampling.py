@@ -48,24 +48,37 @@ def voxels_inside(box: Sequence[int], size: jax.Array) -> jax.Array:
 
 
 def neighbours(
-    target: jax.Array, size: jax.Array, source_size: jax.Array
+    target: jax.Array, size: jax.Array, source_size: jax.Array, coarse: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Where a voxel of the source grid lies on the network's grid of the same extent.
 
     Args:
       target: voxels of the source grid along one axis, int32.
       size, source_size: of the axis on both grids.
+      coarse: whether it is not interpolated along this axis, bool.
     Returns:
-      (lower, upper, fraction): the two voxels beside it, int32, and the share of the upper one.
+      (lower, upper, fraction): the two voxels beside it, int32, and the share of the upper one;
+      along a coarse axis both are the voxel that its centre lies in.
     """
     place = jnp.clip((2 * target + 1) * size - source_size, 0, 2 * source_size * (size - 1))
     lower = place // (2 * source_size)
     fraction = (place - 2 * source_size * lower).astype(jnp.float32) / (2 * source_size)
-    return lower, jnp.minimum(lower + 1, size - 1), fraction
+    holding = (2 * target + 1) * size // (2 * source_size)
+    upper = jnp.minimum(lower + 1, size - 1)
+    return (
+        jnp.where(coarse, holding, lower),
+        jnp.where(coarse, holding, upper),
+        jnp.where(coarse, 0, fraction),
+    )
 
 
 def interpolation_matrix(
-    size: jax.Array, source_size: jax.Array, capacity: int, source_capacity: int, order: int
+    size: jax.Array,
+    source_size: jax.Array,
+    capacity: int,
+    source_capacity: int,
+    order: int,
+    coarse: jax.Array,
 ) -> jax.Array:
     """Resampling along one axis, as a matrix; rows are what `geometry.resample_to_shape` does.
 
@@ -73,6 +86,7 @@ def interpolation_matrix(
       size, source_size: of the axis after and before.
       capacity, source_capacity: shape of the matrix.
       order: spline order, 1 or 3.
+      coarse: whether each voxel takes the one that its centre lies in instead, bool.
     Returns:
       [capacity, source_capacity] float32; rows from `size` and columns from `source_size` on are 0.
     """
@@ -94,6 +108,8 @@ def interpolation_matrix(
         below = kernel_at(-beyond).sum(1, keepdims=True)
         above = kernel_at(source_size - 1 + beyond).sum(1, keepdims=True)
         weights += jnp.where(source == 0, below, 0) + jnp.where(source == source_size - 1, above, 0)
+    holding = source == (2 * target + 1) * source_size // (2 * size)
+    weights = jnp.where(coarse, holding.astype(jnp.float32), weights)
     return jnp.where((target < size) & (source < source_size), weights, 0)
 
 
@@ -123,13 +139,19 @@ _KERNELS = {1: _linear, 3: _cubic}
 
 
 def resample(
-    volume: jax.Array, source_size: jax.Array, size: jax.Array, box: Sequence[int], order: int
+    volume: jax.Array,
+    source_size: jax.Array,
+    size: jax.Array,
+    coarse: jax.Array,
+    box: Sequence[int],
+    order: int,
 ) -> jax.Array:
     """Interpolates a volume on the network's grid, one slice at a time.
 
     Args:
       volume: [S0, S1, S2, C] float32, finite everywhere.
       source_size, size: [3] int32 before and after.
+      coarse: [3] bool, along which axis voxels are not interpolated, see `geometry.coarse_axis`.
       box: spatial shape of the result.
       order: spline order, 1 or 3.
     Returns:
@@ -137,7 +159,7 @@ def resample(
     Reference: `geometry.resample_to_shape`, which it equals to rounding.
     """
     first, second, third = (
-        interpolation_matrix(size[a], source_size[a], box[a], volume.shape[a], order)
+        interpolation_matrix(size[a], source_size[a], box[a], volume.shape[a], order, coarse[a])
         for a in range(3)
     )
     num_taps = min(2 if order == 1 else 2 * SPLINE_REACH, len(first[0]))

@@ -119,6 +119,7 @@ def predict_volume(
     image: jax.Array,
     size: jax.Array,
     source_size: jax.Array,
+    coarse: jax.Array,
     part: tuple[int | jax.Array, int],
     *,
     tiling: Tiling,
@@ -134,6 +135,7 @@ def predict_volume(
         arrays [S1', S2, ...].
       image: [*N, C] float32, normalised.
       size, source_size: [3] int32.
+      coarse: [3] bool, of `resampling.neighbours`.
       part: (index, number): which of `number` equal parts of the source slices to do.
       tiling: Tiling.
       source_box: spatial shape of the result; a part gets ceil(S0 / number) slices, of which the
@@ -151,8 +153,9 @@ def predict_volume(
         patch_fn=patch_fn,
         emit_fn=emit_fn,
         image=image,
-        axes=tuple(map(_Axis, size, tiling.window, tiling.step, image.shape[:3])),
-        size=size,
+        axes=tuple(
+            map(_Axis, size, source_size, coarse, tiling.window, tiling.step, image.shape[:3])
+        ),
         source_size=source_size,
         tiling=tiling,
         buffer_shape=(
@@ -187,20 +190,30 @@ def share(
 
 
 class _Axis:
-    """Tiles along one axis."""
+    """Tiles along one axis, and where the source grid lies on it."""
 
-    def __init__(self, size: jax.Array, window: int, step: int, capacity: int):
-        self.size, self.window = size, window
+    def __init__(
+        self,
+        size: jax.Array,
+        source_size: jax.Array,
+        coarse: jax.Array,
+        window: int,
+        step: int,
+        capacity: int,
+    ):
+        self.size, self.source_size, self.coarse, self.window = size, source_size, coarse, window
         num = 1 + -(-max(capacity - window, 0) // step)
         self.starts, self.num_tiles = tile_starts(size, window, step, num)
         self.weights = tile_weights(self.starts, self.num_tiles, window)
 
-    def tiles_over(
-        self, source_range: tuple[jax.Array, jax.Array], source_size: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def neighbours(self, source: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of voxels of the source grid, see `resampling.neighbours`."""
+        return neighbours(source, self.size, self.source_size, self.coarse)
+
+    def tiles_over(self, source_range: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """First and one past the last tile that touch what a range of source voxels needs."""
-        first, _, _ = neighbours(source_range[0], self.size, source_size)
-        _, last, _ = neighbours(source_range[1] - 1, self.size, source_size)
+        first, _, _ = self.neighbours(source_range[0])
+        _, last, _ = self.neighbours(source_range[1] - 1)
         counted = jnp.arange(len(self.starts)) < self.num_tiles
         before = (counted & (self.starts + self.window <= first)).sum()
         up_to = (counted & (self.starts <= last)).sum()
@@ -215,7 +228,6 @@ class _Work:
     emit_fn: EmitFn
     image: jax.Array
     axes: tuple[_Axis, ...]
-    size: jax.Array
     source_size: jax.Array
     tiling: Tiling
     buffer_shape: tuple[int, ...]
@@ -235,12 +247,12 @@ class _Strip:
 def _predict_strip(work, slices, rows, width, outputs):
     """Does a range of source slices by a range of source rows, plane by plane."""
     depth = work.axes[0]
-    first_plane, end_plane = depth.tiles_over(slices, work.source_size[0])
-    first_tile, end_tile = work.axes[1].tiles_over(rows, work.source_size[1])
+    first_plane, end_plane = depth.tiles_over(slices)
+    first_tile, end_tile = work.axes[1].tiles_over(rows)
     row, column = work.axes[1].starts[first_tile], work.axes[2].starts[0]
     strip = _Strip(first_tile, end_tile, row, column)
     all_slices = jnp.arange(work.source_box[0])
-    _, needed, _ = neighbours(all_slices, work.size[0], work.source_size[0])
+    _, needed, _ = depth.neighbours(all_slices)
 
     def do_plane(plane, carry):
         buffer, outputs, done = carry
@@ -248,7 +260,7 @@ def _predict_strip(work, slices, rows, width, outputs):
         buffer = _shifted(buffer, jnp.where(plane > first_plane, shift, 0))
         buffer = _add_plane(work, strip, plane, buffer)
         is_last = plane + 1 == depth.num_tiles
-        final = jnp.where(is_last, work.size[0], depth.starts[plane + 1])
+        final = jnp.where(is_last, depth.size, depth.starts[plane + 1])
         finished = ((needed < final) & (all_slices < slices[1])).sum()
 
         def emit(index, outputs):
@@ -294,13 +306,13 @@ def _add_plane(work, strip, plane, buffer):
 def _source_slice(work, strip, plane, index, rows, width, buffer):
     """Interpolates one slice of the source grid from the buffer: [width, S2, K]."""
     offset = work.axes[0].starts[plane] - 1
-    lower, upper, fraction = neighbours(index, work.size[0], work.source_size[0])
+    lower, upper, fraction = work.axes[0].neighbours(index)
     maps = _between(buffer[lower - offset], buffer[upper - offset], fraction)
     row = jnp.minimum(rows[0] + jnp.arange(width), work.source_size[1] - 1)
-    lower, upper, fraction = neighbours(row, work.size[1], work.source_size[1])
+    lower, upper, fraction = work.axes[1].neighbours(row)
     maps = _between(maps[lower - strip.row], maps[upper - strip.row], fraction[:, None, None])
     column = jnp.arange(work.source_box[2])
-    lower, upper, fraction = neighbours(column, work.size[2], work.source_size[2])
+    lower, upper, fraction = work.axes[2].neighbours(column)
     lower, upper = lower - strip.column, upper - strip.column
     return _between(maps[:, lower], maps[:, upper], fraction[:, None])
 

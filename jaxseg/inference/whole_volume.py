@@ -32,6 +32,7 @@ class Recipe:
       mirror_axes, outputs, temperature: of `maps.patch_maps`.
       buffer_bytes: most memory for the maps of tiles that are being blended.
       axes: which RAS+ axis each axis of the network's grid runs along.
+      crop, normalise_first, coarse_apart: of `data.preprocess.Plan`.
     """
 
     model: nn.Module
@@ -41,12 +42,15 @@ class Recipe:
     batch_size: int
     spacing_mm: tuple[float, ...]
     image_order: int
-    statistics: tuple[tuple[float, ...], ...]
+    statistics: tuple[normalisation.Statistics, ...]
     mirror_axes: tuple[int, ...] = ()
     outputs: tuple[str, ...] = ("label",)
     temperature: float = 1.0
     buffer_bytes: int = 1 << 30
     axes: tuple[int, ...] = dataclasses.field(default=(0, 1, 2), repr=False)
+    crop: bool = dataclasses.field(default=False, repr=False)
+    normalise_first: bool = dataclasses.field(default=False, repr=False)
+    coarse_apart: bool = dataclasses.field(default=False, repr=False)
 
     @property
     def axis_order(self) -> tuple[int, int, int]:
@@ -61,19 +65,21 @@ def segment_volume(
     volume: jax.Array,
     size: jax.Array,
     grid: jax.Array,
+    coarse: int | jax.Array,
     part: int | jax.Array,
     *,
     recipe: Recipe,
     grid_box: Sequence[int],
     num_parts: int,
 ) -> dict[str, jax.Array]:
-    """The whole prediction: resample, normalise, tile, network, blend, resample back, argmax.
+    """The whole prediction: normalise, resample, tile, network, blend, resample back, argmax.
 
     Args:
       variables: of `maps.patch_maps`.
       volume: [X, Y, Z, C] float32 in RAS+ axes.
       size: [3] int32, voxels of the volume that count; the rest must be finite.
       grid: [3] int32, size of the network's grid, from `geometry.resampled_shape`.
+      coarse: of `geometry.coarse_axis`.
       part: which of `num_parts` equal parts of the first axis of `recipe.axis_order` to do.
       recipe: Recipe.
       grid_box: array shape that holds the network's grid.
@@ -85,9 +91,13 @@ def segment_volume(
     order = recipe.axis_order
     volume = jnp.transpose(volume, (*order, 3))
     size, grid = (sizes[jnp.array(order)] for sizes in (size, grid))
+    is_coarse = jnp.array(order) == coarse
     source_box, grid_box = volume.shape[:3], tuple(grid_box[axis] for axis in order)
-    image = resampling.resample(volume, size, grid, grid_box, recipe.image_order)
-    image = normalisation.normalise(image, grid, recipe.statistics)
+    if recipe.normalise_first:
+        volume = normalisation.normalise(volume, size, recipe.statistics)
+    image = resampling.resample(volume, size, grid, is_coarse, grid_box, recipe.image_order)
+    if not recipe.normalise_first:
+        image = normalisation.normalise(image, grid, recipe.statistics)
     tiling = sliding_window.create_tiling(
         recipe.patch_size, recipe.margin, recipe.batch_size, grid_box[0]
     )
@@ -104,6 +114,7 @@ def segment_volume(
         image,
         grid,
         size,
+        is_coarse,
         (part, num_parts),
         tiling=tiling,
         source_box=source_box,
@@ -148,11 +159,12 @@ def create_segment_fn(recipe: Recipe) -> SegmentFn:
         )
 
     def segment(variables, image, affine):
-        canonical, canonical_affine = geometry.to_canonical(image, affine)
+        whole, canonical_affine = geometry.to_canonical(image, affine)
+        box = _kept_box(whole, recipe)
+        canonical = whole[box]
         size = canonical.shape[:3]
-        grid = geometry.resampled_shape(
-            size, geometry.spacing_mm_from_affine(canonical_affine), recipe.spacing_mm
-        )
+        spacing_mm = geometry.spacing_mm_from_affine(canonical_affine)
+        grid = geometry.resampled_shape(size, spacing_mm, recipe.spacing_mm)
         if max(2 * n * m for n, m in zip(size, grid, strict=True)) >= 2**31:
             raise ValueError(f"a volume of {size} voxels has too long an axis: cut it into tiles")
         parts = mapped(resampling.box_of(grid))(
@@ -160,6 +172,7 @@ def create_segment_fn(recipe: Recipe) -> SegmentFn:
             resampling.boxed(canonical),
             np.array(size, np.int32),
             np.array(grid, np.int32),
+            coarse_axis(spacing_mm, recipe),
             np.arange(num_parts),
         )
         joined = {
@@ -169,19 +182,54 @@ def create_segment_fn(recipe: Recipe) -> SegmentFn:
             for name, value in parts.items()
         }
         return {
-            name: value if name == "sample" else geometry.from_canonical(value, affine)
+            name: value
+            if name == "sample"
+            else geometry.from_canonical(_pasted(name, value, whole.shape[:3], box), affine)
             for name, value in joined.items()
         }
 
     return segment
 
 
-def sampled(label: np.ndarray, affine: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """The voxels of a label [X, Y, Z] that the output "sample" has logits of, in the same order."""
+def coarse_axis(spacing_mm: Any, recipe: Recipe) -> Any:
+    """What `segment_volume` takes for voxels of a spacing, [3] of NumPy or JAX."""
+    if not recipe.coarse_apart:
+        return np.int32(-1)
+    return geometry.coarse_axis(spacing_mm, np.asarray(recipe.spacing_mm, spacing_mm.dtype))
+
+
+def sampled(label: np.ndarray, image: np.ndarray, affine: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """The voxels of a label that the output "sample" has logits of, in the same order.
+
+    Args:
+      label: [X, Y, Z].
+      image: [X, Y, Z, C] that was segmented.
+      affine: [4, 4] of both.
+      recipe: Recipe.
+    """
     label, _ = geometry.to_canonical(label, affine)
+    label = label[_kept_box(geometry.to_canonical(image, affine)[0], recipe)]
     axis = recipe.axis_order[2]
     stride = maps.sample_stride(resampling.bucket(label.shape[axis]))
     return label[(slice(None),) * axis + (slice(None, None, stride),)]
+
+
+def _kept_box(canonical, recipe):
+    """The part of a volume in RAS+ axes that the network sees."""
+    return geometry.nonzero_box(canonical) if recipe.crop else (slice(None),) * 3
+
+
+def _pasted(name, value, shape, box):
+    """An output of a part of a volume as one of the whole: all around it is surely background."""
+    if value.shape[:3] == shape:
+        return value
+    whole = np.zeros((*shape, *value.shape[3:]), value.dtype)
+    if name == "confidence":
+        whole[...] = 1
+    elif name == "probs":
+        whole[..., 0] = 1
+    whole[box] = value
+    return whole
 
 
 def _joined(parts, size, recipe):

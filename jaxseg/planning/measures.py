@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from jaxseg import geometry
+
 # The distribution of intensities is kept at these quantiles, which are dense at both ends.
 QUANTILES = tuple(((1 - np.cos(np.linspace(0, np.pi, 257))) / 2).tolist())
 # Enough voxels of a case to know them by; more are left out at a regular step.
@@ -116,25 +118,10 @@ def measure_case(
     return CaseMeasures(
         shape=tuple(image.shape[:3]),
         spacing_mm=tuple(map(float, spacing_mm)),
-        cropped_shape=tuple(span.stop - span.start for span in nonzero_box(image)),
+        cropped_shape=tuple(span.stop - span.start for span in geometry.nonzero_box(image)),
         intensities=intensities,
         structures=structures,
     )
-
-
-def nonzero_box(image: np.ndarray) -> tuple[slice, slice, slice]:
-    """The smallest box with every voxel of [X, Y, Z, C] that is not 0 in all channels.
-
-    The whole image if there is none.
-    """
-    there = (image != 0).any(-1)
-    spans = []
-    for axis, size in enumerate(there.shape):
-        others = tuple(other for other in range(3) if other != axis)
-        places = np.flatnonzero(there.any(others))
-        spans.append(slice(int(places[0]), int(places[-1]) + 1) if places.size else slice(0, size))
-    first, second, third = spans
-    return first, second, third
 
 
 def pooled(cases: Sequence[CaseMeasures], channel: int) -> dict[str, float]:

@@ -29,7 +29,8 @@ from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.surveyed import survey_once
 
-OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
+OPTIONS = {"spacing_mm": (), "normalisation": "auto", "crop": False}
+OPTIONS |= {"image_order": 1, "label_order": 1}
 
 
 def prepare(dataset, cache_dir, plan_ids=("case_00", "case_01"), **options):
@@ -114,6 +115,28 @@ def test_records_are_what_preprocessing_gives(tmp_path, make_msd_folder):
         )
         assert prepared.image.dtype == np.float32 and prepared.label.dtype == np.uint8
         assert prepared.image.shape[:3] == prepared.label.shape
+
+
+def test_cases_are_cropped_to_what_is_not_zero(tmp_path, dataset):
+    rewrite_image(dataset, 1, lambda image: np.pad(image[2:-3, 1:], ((2, 3), (1, 0), (0, 0))))
+    whole_store, whole_plan, _ = prepare(dataset, tmp_path / "cache")
+    store, plan, _ = prepare(dataset, tmp_path / "cache", crop=True)
+    assert plan == dataclasses.replace(whole_plan, crop=True, intensity=plan.intensity)
+    x, y, z = whole(whole_store["case_01"]).label.shape
+    cropped = whole(store["case_01"])
+    assert cropped.image.shape == (x - 5, y - 1, z, 1)
+    np.testing.assert_array_equal(cropped.label, whole(whole_store["case_01"]).label[2:-3, 1:])
+    for index, voxels in enumerate(cropped.locations, start=1):
+        np.testing.assert_array_equal(voxels, np.argwhere(cropped.label == index))
+
+
+def test_a_plan_of_slices_is_prepared_apart(tmp_path, dataset, count_reads):
+    volumes = prepare(dataset, tmp_path / "cache")[1]
+    slices = prepare(dataset, tmp_path / "cache", slices=True)[1]
+    assert slices.spacing_mm == (*volumes.spacing_mm[:2], 0.0)
+    assert len(count_reads) == 6
+    again = prepare(dataset, tmp_path / "cache", slices=True, saved_plan=slices)[1]
+    assert again == slices and len(count_reads) == 6
 
 
 def test_locations_are_the_voxels_of_each_class_present(tmp_path, dataset):

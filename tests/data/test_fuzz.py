@@ -105,6 +105,7 @@ def cached(data, folder):
             cache_dir=str(folder),
             spacing_mm=(),
             normalisation="auto",
+            crop=False,
             image_order=1,
             label_order=1,
         )

@@ -292,6 +292,7 @@ def seen_in_inference(image, patch_size, margin):
             image,
             size,
             size,
+            np.zeros(3, bool),
             (0, 1),
             tiling=tiling,
             source_box=image.shape[:3],
@@ -412,6 +413,7 @@ def stores(request, tmp_path, make_msd_folder, monkeypatch):
         border_weight={"w0": 10.0, "sigma": 5.0} if request.param else None,
         spacing_mm=(),
         normalisation="zscore",
+        crop=False,
         image_order=1,
         label_order=1,
     )

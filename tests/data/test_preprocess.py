@@ -13,8 +13,10 @@ from jaxseg.data.label_values import IGNORED, LabelCoding
 from jaxseg.data.preprocess import (
     Plan,
     border_weights,
+    kept_box,
     make_plan,
     preprocess_image,
+    preprocess_instances,
     preprocess_label,
     slice_axes,
 )
@@ -165,6 +167,7 @@ def plan_of(cases, modalities=("CT",), label_values=(0, 1), **changes):
         "axes": (0, 1, 2),
         "spacing_mm": (),
         "normalisation": "auto",
+        "crop": False,
         "image_order": 1,
         "label_order": 1,
     }
@@ -435,7 +438,10 @@ def test_a_plan_of_version_0_1_keeps_its_rules():
     fields = json.loads(make_plan_of((1, 1, 1)).to_json())
     for name in ("axes", "spacing_from", "keep_thin", "typical"):
         del fields[name]
+    for name in ("crop", "normalise_first", "coarse_apart"):
+        del fields[name]
     plan = Plan.from_json(json.dumps(fields))
+    assert (plan.crop, plan.normalise_first, plan.coarse_apart) == (False,) * 3
     assert (plan.axes, plan.spacing_from, plan.keep_thin) == ((0, 1, 2), "sform", False)
     lines = np.zeros((8, 8, 4), np.uint8)
     lines[3] = 1  # at half the resolution a tie, which the background had then
@@ -443,3 +449,71 @@ def test_a_plan_of_version_0_1_keeps_its_rules():
     assert not preprocess_label(lines, np.eye(4), plan, 2).any()
     new = dataclasses.replace(plan, keep_thin=True)
     assert preprocess_label(lines, np.eye(4), new, 2).sum() == 16
+
+
+@each_affine
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0)])
+def test_image_label_and_instances_are_cropped_alike(affine, axes):
+    rng = np.random.default_rng(0)
+    image = np.zeros((13, 12, 11, 2), np.float32)
+    image[3:11, 4:9, 2:10] = rng.normal(size=(8, 5, 8, 2))
+    label = blob(image.shape[:3], affine, 6.0)
+    spacing_mm = geometry.spacing_mm_from_affine(geometry.to_canonical(label, affine)[1])
+    plan = dataclasses.replace(
+        make_plan_of(spacing_mm, ("none", "none"), ((), ())), crop=True, axes=axes
+    )
+    box = kept_box(image, affine, plan)
+    prepared, prepared_affine = preprocess_image(image, affine, plan)
+    inside, inside_affine = geometry.to_canonical(
+        image[3:11, 4:9, 2:10],
+        geometry.cropped_affine(affine, (slice(3, 11), slice(4, 9), slice(2, 10))),
+    )
+    np.testing.assert_array_equal(prepared, inside.transpose(*axes, 3))
+    np.testing.assert_allclose(prepared_affine, inside_affine[:, [*axes, 3]], atol=1e-9)
+    expected = geometry.to_canonical(label[3:11, 4:9, 2:10], affine)[0].transpose(axes)
+    np.testing.assert_array_equal(preprocess_label(label, affine, plan, 3, box), expected)
+    instances = label.astype(np.int32) * 7
+    np.testing.assert_array_equal(preprocess_instances(instances, affine, plan, box), expected * 7)
+
+
+def test_images_are_normalised_before_they_are_resampled():
+    rng = np.random.default_rng(0)
+    image = rng.normal(100, 15, (12, 10, 8, 1)).astype(np.float32)
+    after = make_plan_of((2.0, 2.0, 2.0), ("zscore",), ((),))
+    first = dataclasses.replace(after, normalise_first=True)
+    found, _ = preprocess_image(image, np.eye(4), first)
+    values = np.clip(image, *np.percentile(image, [0.5, 99.5]))
+    scaled = (values - values.mean(dtype=np.float64)) / values.std(dtype=np.float64)
+    expected = geometry.resample_to_shape(scaled, (6, 5, 4), 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.std() < 0.6  # averages spread less, and are not brought to 1 again
+    assert preprocess_image(image, np.eye(4), after)[0].std() == pytest.approx(1, abs=1e-3)
+
+
+def test_new_plans_have_the_present_rules(tmp_path):
+    label = np.zeros((6, 5, 4))
+    label[1:3] = 1
+    image = np.random.default_rng(0).normal(size=label.shape)
+    cases = [save_case(tmp_path, "a", image, label, np.diag([1.0, 2.0, 5.0, 1.0]))]
+    plan = plan_of(cases, crop=True)
+    assert (plan.crop, plan.normalise_first, plan.coarse_apart) == (True, True, True)
+    assert plan.spacing_mm == (1.0, 2.0, 5.0)
+    assert plan_of(cases, slices=True).spacing_mm == (1.0, 2.0, 0.0)
+    assert plan_of(cases, slices=True, axes=(1, 2, 0)).spacing_mm == (0.0, 2.0, 5.0)
+    wanted = (1.0, 1.0, 3.0)
+    assert plan_of(cases, slices=True, spacing_mm=wanted).spacing_mm == wanted
+
+
+def test_each_channel_can_have_a_scheme_of_its_own(tmp_path):
+    label = np.zeros((6, 5, 4))
+    label[1:3] = 1
+    image = np.random.default_rng(0).normal(size=(*label.shape, 2))
+    case = save_case(tmp_path, "a", image, label, np.eye(4))
+    plan = plan_of([case], ("CT", "x"), normalisation="none, rescale_to_0_1")
+    assert plan.normalisation == ("none", "rescale_to_0_1")
+    assert plan.intensity == ((), ())
+    plan = plan_of([case], ("CT", "x"), normalisation="auto,none")
+    assert plan.normalisation == ("ct", "none") and len(plan.intensity[0]) == 4
+    assert plan_of([case], ("noNorm", "rgb_to_0_1")).normalisation == ("none", "rgb_to_0_1")
+    with pytest.raises(DatasetProblems, match="names 3 schemes, images have 2 channels"):
+        plan_of([case], ("CT", "x"), normalisation="none,ct,ct")

@@ -121,7 +121,7 @@ began = time.perf_counter()
 survey, sha256, _ = survey_once(dataset, cache_dir=folder)
 store, _ = prepared.prepare(
     dataset, case_ids, survey=survey, sha256=sha256, cache_dir=folder, spacing_mm=(),
-    normalisation="auto", image_order=1, label_order=1,
+    normalisation="auto", crop=False, image_order=1, label_order=1,
 )
 ready = time.perf_counter()
 means = [float(batch["image"].mean()) for batch in batches(store, case_ids, num_steps)]

@@ -26,7 +26,7 @@ from jaxseg.run.weights import WeightsProblem, read_weights
 from jaxseg.training.state import TrainState
 
 NUM_CLASSES, VALUES = 3, (0, 1, 2)
-RECIPE = types.SimpleNamespace(axis_order=(2, 0, 1))
+RECIPE = types.SimpleNamespace(axis_order=(2, 0, 1), crop=False)
 
 
 def member(seed=0, fold=0, learning_rate=0.01):
@@ -45,7 +45,7 @@ def label_of(case, shift):
 def segment_fn(variables, image, affine):
     """As `whole_volume.create_segment_fn` makes them, of networks whose only weight is a shift."""
     logits = np.mean([logits_of(image, shift) for shift in variables["params"]["shift"]], axis=0)
-    sample = whole_volume.sampled(logits, affine, RECIPE)
+    sample = whole_volume.sampled(logits, image, affine, RECIPE)
     return {"label": logits.argmax(-1).astype(np.uint8), "sample": sample}
 
 

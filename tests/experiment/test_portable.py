@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -14,7 +15,7 @@ from jaxseg import geometry
 from jaxseg.data.images import read_image
 from jaxseg.experiment import portable, predictor
 from jaxseg.experiment.portable import ExportProblem
-from jaxseg.inference import resampling
+from jaxseg.inference import resampling, whole_volume
 from jaxseg.run import checkpoint, weights
 
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
@@ -54,7 +55,7 @@ def test_readmes_loader_needs_jax_and_numpy_alone_and_gives_the_same_bits(
     spacing_mm = geometry.spacing_mm_from_affine(canonical_affine).tolist()
 
     (loader,) = re.findall(r"<!-- ci: loader -->\n```python\n(.*?)```", README.read_text(), re.S)
-    assert len([line for line in loader.splitlines() if line]) <= 16
+    assert len([line for line in loader.splitlines() if line]) <= 20
     script = (
         "import sys\n"
         "for name in ('jaxseg', 'flax', 'tensorflow', 'nibabel', 'scipy.ndimage'):\n"
@@ -78,22 +79,59 @@ def test_readmes_loader_needs_jax_and_numpy_alone_and_gives_the_same_bits(
     assert "AssertionError: larger than it was exported for" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("spacing_mm", "target_mm"),
+    [((1.0, 1.25, 5.0), (1.5, 1.25, 2.0)), ((2.0, 1.5, 1.0), (2.5, 0.0, 1.5))],
+)
+def test_readmes_loader_crops_and_keeps_coarse_axes_apart(
+    finished_run, tmp_path, monkeypatch, spacing_mm, target_mm
+):
+    run, data = finished_run
+    restored = predictor.load_predictor([str(run)])
+    recipe = dataclasses.replace(
+        restored.recipe,
+        spacing_mm=target_mm,
+        image_order=3,
+        statistics=(("zscore_inside",),),
+        crop=True,
+        normalise_first=True,
+        coarse_apart=True,
+    )
+    restored = dataclasses.replace(
+        restored, recipe=recipe, segment_fn=whole_volume.create_segment_fn(recipe)
+    )
+    image, _ = read_image(data / "imagesTr" / "case_04.nii.gz")
+    image = np.pad(image[:12, :13], [(3, 1), (0, 4), (2, 0), (0, 0)])
+    expected = restored.segment_fn(restored.variables, image, np.diag([*spacing_mm, 1.0]))
+    content = portable.export_predictor(restored, (64, 64, 64), (64, 64, 64))
+    (tmp_path / "predictor.jaxseg").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    (loader,) = re.findall(r"<!-- ci: loader -->\n```python\n(.*?)```", README.read_text(), re.S)
+    names = {}
+    exec(loader, names)
+    label = names["segment"](image, np.array(spacing_mm))
+    np.testing.assert_array_equal(label, expected["label"])
+    assert label[3:15, :13].any() and not label[:3].any() and not label[..., :2].any()
+    assert not names["segment"](image * 0, np.array(spacing_mm)).all()
+
+
 def test_any_number_of_volumes_of_different_sizes(exported, finished_run):
     run, data = finished_run
     about, call = portable.load_exported(exported / "predictor.jaxseg")
     assert about["class_names"] == ["background", "outer", "inner"]
     assert about["label_values"] == [0, 1, 2]
-    images, sizes, grids = [], [], []
+    images, sizes, grids, spacings_mm = [], [], [], []
     for index, stop in enumerate((20, 13, 7)):
         image, affine = read_image(data / "imagesTr" / f"case_{index:02d}.nii.gz")
         images.append(image[:stop])
         sizes.append(images[-1].shape[:3])
         spacing_mm = geometry.spacing_mm_from_affine(affine)
+        spacings_mm.append(spacing_mm)
         grids.append(geometry.resampled_shape(sizes[-1], spacing_mm, about["spacing_mm"]))
     volumes = np.zeros((3, *resampling.box_of(sizes[0]), 1), np.float32)
     for volume, image in zip(volumes, images, strict=True):
         volume[tuple(map(slice, image.shape[:3]))] = image
-    labels = np.asarray(call(volumes, np.int32(sizes), np.int32(grids)))
+    labels = np.asarray(call(volumes, np.int32(sizes), np.int32(grids), np.float32(spacings_mm)))
     for label, image in zip(labels, images, strict=True):
         found = label[tuple(map(slice, image.shape[:3]))]
         np.testing.assert_array_equal(found, unmended(run, image, affine))

@@ -32,7 +32,14 @@ def cut(array, shape):
 
 
 def predict(
-    patch_fn, image, source, tiling, parts=1, strips=1, emit_fn=lambda maps: {"maps": maps}
+    patch_fn,
+    image,
+    source,
+    tiling,
+    parts=1,
+    strips=1,
+    emit_fn=lambda maps: {"maps": maps},
+    coarse=-1,
 ):
     """`predict_volume` of an unpadded image, its parts put together."""
 
@@ -44,6 +51,7 @@ def predict(
             box,
             size,
             target,
+            np.arange(3) == coarse,
             (index, parts),
             tiling=tiling,
             source_box=box_of(source),
@@ -58,7 +66,7 @@ def predict(
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def reference(patch_fn, image, source, tiling):
+def reference(patch_fn, image, source, tiling, coarse=-1):
     """The same as plain loops in float64: every tile into one array, blended, then resampled."""
     sizes, window = image.shape[:3], tiling.window
     starts = []
@@ -89,7 +97,7 @@ def reference(patch_fn, image, source, tiling):
         total[place] += (weights[..., None] * maps)[inside]
         total_weight[place] += weights[inside]
     blended = total / total_weight[..., None]
-    return geometry.resample_to_shape(blended, source, order=1)
+    return geometry.resample_to_shape(blended, source, order=1, coarse=coarse)
 
 
 def test_tile_starts_by_hand():
@@ -159,6 +167,19 @@ def test_equals_plain_sliding_window(size, source, patch, margin, batch, parts, 
     result = predict(patch_fn, image, source, tiling, parts, strips)["maps"]
     expected = reference(patch_fn, image, source, tiling)
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("coarse", [0, 1, 2])
+def test_along_a_coarse_axis_maps_are_not_interpolated(coarse):
+    image = np.random.default_rng(0).normal(size=(20, 31, 17, 2)).astype(np.float32)
+    tiling = sliding_window.create_tiling((16, 16, 8), (0, 0, 0), 3, 64)
+    patch_fn = functools.partial(convolve, padding="SAME")
+    for source in ((33, 25, 40), (7, 44, 13)):
+        result = predict(patch_fn, image, source, tiling, parts=3, strips=2, coarse=coarse)["maps"]
+        expected = reference(patch_fn, image, source, tiling, coarse)
+        np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
+        apart = reference(patch_fn, image, source, tiling)
+        assert np.abs(expected - apart).max() > 0.1
 
 
 @pytest.mark.parametrize("size", [(40, 33, 26), (9, 11, 7), (17, 70, 5)])
@@ -231,8 +252,9 @@ def test_a_strip_buffer_holds_all_tiles_that_a_strip_needs():
 
         @jax.jit
         def tiles_over(*rows, size=size, window=window, capacity=capacity, source=source):
-            axis = sliding_window._Axis(size, window, max(window // 2, 1), capacity)
-            return axis.starts, axis.tiles_over(rows, source)
+            step = max(window // 2, 1)
+            axis = sliding_window._Axis(size, source, False, window, step, capacity)
+            return axis.starts, axis.tiles_over(rows)
 
         for strip in range(num_strips):
             rows = source * strip // num_strips, source * (strip + 1) // num_strips

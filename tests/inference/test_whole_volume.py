@@ -4,16 +4,19 @@ The number of CPU devices can not change once JAX has started, so the run on thr
 its own: this file as a script.
 """
 
+import dataclasses
 import itertools
 import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxseg import geometry
 from jaxseg.data import preprocess
-from jaxseg.inference import maps, whole_volume
+from jaxseg.inference import maps, normalisation, whole_volume
 from jaxseg.models.unet import UNet
 
 AFFINE = np.array([[1.5, 0, 0, -9], [0, 2, 0, 4], [0, 0, 2.5, 1], [0, 0, 0, 1.0]])
@@ -23,6 +26,17 @@ CLASSES = ("background", "left", "right")
 def make_image(shape=(21, 18, 14)):
     coarse = np.random.default_rng(0).normal(size=(5, 5, 5, 2))
     return geometry.resample_to_shape(coarse, shape, order=3) * 40 + 100
+
+
+class Seen(nn.Module):
+    """Logits that are the image, its two channels and a constant."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        self.param("x", nn.initializers.zeros, (1,))
+        return jnp.concatenate([image, jnp.full((*image.shape[:-1], 1), 0.3)], -1)
 
 
 def make(patch_size, outputs=("label",), **options):
@@ -91,6 +105,89 @@ def test_equals_the_steps_one_by_one_in_numpy(patch_size):
     np.testing.assert_array_equal(outputs["label"][sure], logits.argmax(-1)[sure])
 
 
+def framed(image, border):
+    """The image with air of 0 around it, and a hole in it."""
+    image = image.copy()
+    image[3:5, 3:5, 2:4] = 0
+    return np.pad(image, [*border, (0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "spacing_mm", "target_mm"),
+    [
+        ((8, 8, 8), (1.0, 1.25, 5.0), (1.5, 1.5, 2.0)),  # coarse before
+        ((8, 8, 8), (2.0, 2.0, 3.0), (1.0, 1.0, 3.5)),  # coarse after
+        ((8, 8, 8), (2.0, 1.5, 2.5), (1.8, 1.8, 1.8)),  # coarse along no axis
+        ((8, 8), (1.0, 1.5, 5.0), (1.5, 1.25, 0.0)),  # slices stay apart as they are
+    ],
+)
+def test_what_the_network_sees_is_what_training_prepares(patch_size, spacing_mm, target_mm):
+    """Cropped, normalised inside its mask, resampled; and back on the grid of the file."""
+    border = ((4, 2), (0, 3), (1, 2))
+    image = framed(make_image((14, 12, 9)), border)
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[1] *= -1  # so that the file's axes are not those of RAS+
+    schemes = ("zscore_inside", "rescale_to_0_1")
+    plan = preprocess.Plan(
+        target_mm,
+        schemes,
+        ((), ()),
+        image_order=3,
+        label_order=1,
+        crop=True,
+        normalise_first=True,
+        coarse_apart=True,
+    )
+    recipe, _ = make(patch_size, ("label", "probs", "confidence", "sample"))
+    recipe = dataclasses.replace(
+        recipe,
+        model=Seen(3),
+        spacing_mm=target_mm,
+        image_order=3,
+        statistics=tuple(normalisation.statistics_of(scheme, ()) for scheme in schemes),
+        crop=True,
+        normalise_first=True,
+        coarse_apart=True,
+    )
+    outputs = whole_volume.create_segment_fn(recipe)(
+        {"params": {"x": np.zeros((1, 1))}}, image, affine
+    )
+
+    prepared, prepared_affine = preprocess.preprocess_image(image, affine, plan)
+    assert prepared.shape[:3] == geometry.resampled_shape((14, 12, 9), spacing_mm, target_mm)
+    logits = np.concatenate([prepared, np.full((*prepared.shape[:3], 1), 0.3)], -1)
+    coarse = geometry.coarse_axis(np.array(spacing_mm), np.array(target_mm))
+    logits = geometry.resample_to_shape(logits, (14, 12, 9), 1, coarse)
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    box = slice(4, 18), slice(3, 15), slice(1, 10)  # in RAS+ axes, the second turned round
+    expected = np.zeros((*image.shape[:3], 3))
+    expected[..., 0] = 1
+    expected[box] = probs
+    expected = expected[:, ::-1]
+    np.testing.assert_allclose(outputs["probs"], expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(outputs["confidence"], expected.max(-1), rtol=0, atol=2e-5)
+    sure = np.sort(expected, -1)
+    sure = sure[..., -1] - sure[..., -2] > 1e-4
+    np.testing.assert_array_equal(outputs["label"][sure], expected.argmax(-1)[sure])
+    np.testing.assert_array_equal(
+        outputs["sample"].argmax(-1),
+        whole_volume.sampled(outputs["label"], image, affine, recipe),
+    )
+    np.testing.assert_allclose(
+        geometry.spacing_mm_from_affine(prepared_affine),
+        np.multiply(spacing_mm, (14, 12, 9)) / prepared.shape[:3],
+    )
+
+
+def test_an_image_of_zeros_is_segmented_whole():
+    recipe, variables = make((8, 8, 8))
+    segment = whole_volume.create_segment_fn(dataclasses.replace(recipe, crop=True))
+    found = segment(variables, np.zeros((9, 8, 7, 2), np.float32), AFFINE)["label"]
+    plain = whole_volume.create_segment_fn(recipe)
+    expected = plain(variables, np.zeros((9, 8, 7, 2), np.float32), AFFINE)["label"]
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("patch_size", [(8, 8), (8, 8, 8)])
 def test_the_answer_turns_with_the_volume(patch_size):
     image = make_image()
@@ -113,7 +210,7 @@ def test_sample_is_of_the_voxels_that_it_says():
     image = make_image((21, 70, 100))
     for patch_size in ((8, 8), (8, 8, 8)):
         outputs, recipe = run(patch_size, ("label", "sample"), image, np.diag([-2.0, 2, 2, 1]))
-        label = whole_volume.sampled(outputs["label"], np.diag([-2.0, 2, 2, 1]), recipe)
+        label = whole_volume.sampled(outputs["label"], image, np.diag([-2.0, 2, 2, 1]), recipe)
         assert label.size < outputs["label"].size / 3
         np.testing.assert_array_equal(outputs["sample"].argmax(-1), label)
 
@@ -190,5 +287,5 @@ def test_slices_of_another_axis_are_those_of_the_volume_laid_down(axes):
     np.testing.assert_array_equal(found["label"], expected["label"].transpose(back))
     np.testing.assert_allclose(found["probs"], expected["probs"].transpose(*back, 3), atol=1e-6)
     np.testing.assert_array_equal(
-        found["sample"].argmax(-1), whole_volume.sampled(found["label"], affine, recipe)
+        found["sample"].argmax(-1), whole_volume.sampled(found["label"], image, affine, recipe)
     )
