@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -55,11 +56,39 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+          AttributeError, KeyError, RecursionError, TypeError, ValueError: it is damaged.
+        """
         fields = json.loads(text)
         for name in {"spacing_mm", "normalisation", "axes"} & set(fields):
             fields[name] = tuple(fields[name])
         fields["intensity"] = tuple(map(tuple, fields["intensity"]))
-        return cls(**fields)
+        plan = cls(**fields)
+        if wrong := [name for name, is_right in _rightness(plan).items() if not is_right]:
+            raise ValueError(f"its {wrong[0]!r} is {reprlib.repr(fields[wrong[0]])}")
+        return plan
+
+
+def _rightness(plan: Plan) -> dict[str, bool]:
+    """For each field of a plan that was read whether its value is one that a plan can have."""
+    spacing = np.asarray(plan.spacing_mm, np.float64)
+    statistics = [
+        len(of) == (4 if kind == "ct" else 0) and np.isfinite(np.asarray(of, np.float64)).all()
+        for of, kind in zip(plan.intensity, plan.normalisation, strict=True)
+    ]
+    return {
+        "spacing_mm": spacing.shape == (3,) and bool((np.isfinite(spacing) & (spacing > 0)).all()),
+        "normalisation": bool(plan.normalisation) and set(plan.normalisation) <= {"ct", "zscore"},
+        "intensity": all(statistics),
+        "image_order": plan.image_order in (1, 3),
+        "label_order": plan.label_order in (0, 1),
+        "axes": repr(sorted(plan.axes)) == "[0, 1, 2]",
+        "spacing_from": plan.spacing_from in ("pixdim", "sform"),
+        "keep_thin": isinstance(plan.keep_thin, bool),
+        "typical": familiarity.are_ranges(plan.typical),
+    }
 
 
 def make_plan(

@@ -8,18 +8,15 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxseg import config as config_lib
 from jaxseg import parallel
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.gather import Data
-from jaxseg.experiment.resume import saved_plan
+from jaxseg.experiment.saved import saved_config, saved_plan
 from jaxseg.experiment.setup import check_batch_size, create_run, training_batches
 from jaxseg.problem import Problem
 from jaxseg.run import identity
-from jaxseg.run.log import TRACE_NAME, Log, SilentLog, read_trace, trace_row
-
-# In the order in which one follows from the other.
-COMPARED = ("batch", "loss", "grad_norm", "params")
+from jaxseg.run.log import TRACE_NAME, TRACED, Log, SilentLog, read_trace, trace_row
+from jaxseg.run.readers import read_file
 
 
 class ReproduceProblem(Problem, ValueError):
@@ -37,12 +34,11 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
       Whether all steps agree.
     Raises:
       ReproduceProblem: so many steps were not recorded.
-      OSError: a file of the run can not be read.
+      FileProblem: a file of the run is missing or damaged.
       ConfigProblems and what `replay` raises: the run can not be started again.
     """
-    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
-        config_json = file.read()
-    config = config_lib.from_json(config_json)
+    config = saved_config(workdir)
+    config_json = read_file(workdir, "config.json", str)  # as it was recorded, whatever its version
     recorded = {row["step"]: row for row in read_trace(workdir)}
     num_steps = num_steps or max(recorded, default=1)
     missing = [step for step in range(1, num_steps + 1) if step not in recorded]
@@ -93,7 +89,7 @@ def replay(config: ConfigDict, data: Data, log: Log, num_steps: int) -> Iterator
 def differences(recorded: dict[str, Any], replayed: dict[str, Any]) -> list[str]:
     """What differs between two rows of `jaxseg.run.log.trace_row`, as lines."""
     lines = []
-    for name in COMPARED:
+    for name in TRACED:
         pairs = [_as_list(recorded[name]), _as_list(replayed[name])]
         if len(pairs[0]) != len(pairs[1]):
             lines.append(f"{name}: of {len(pairs[0])} members -> of {len(pairs[1])}")

@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from jaxseg.run.readers import read_rows
 from jaxseg.run.writers import json_ready, naming, write_text
 
 LOG_NAME = "train.log"
 METRICS_NAME = "metrics.jsonl"
 TRACE_NAME = "trace.jsonl"
+# What is kept of a step, in the order in which one follows from the other.
+TRACED = ("batch", "loss", "grad_norm", "params")
 
 Item = TypeVar("Item")
 
@@ -52,8 +55,8 @@ class RunLog:
         Those of later steps, written before an interruption, are dropped: these steps are about to
         be done again.
         """
-        self._metrics = _open_rows(os.path.join(self._workdir, METRICS_NAME), first_step)
-        self._trace = _open_rows(os.path.join(self._workdir, TRACE_NAME), first_step)
+        self._metrics = _open_rows(self._workdir, METRICS_NAME, read_metrics, first_step)
+        self._trace = _open_rows(self._workdir, TRACE_NAME, read_trace, first_step)
 
     def text(self, line: str) -> None:
         """Shows a line on the terminal and appends it, with the time, to the log file."""
@@ -161,13 +164,21 @@ class StepProgress:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut."""
-    return _read_rows(os.path.join(workdir, METRICS_NAME))
+    """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut.
+
+    Raises:
+      FileProblem: the file is missing or damaged.
+    """
+    return read_rows(workdir, METRICS_NAME, _check_numbers)
 
 
 def read_trace(workdir: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's trace file as dicts, without a last line that a crash cut."""
-    return _read_rows(os.path.join(workdir, TRACE_NAME))
+    """Returns the rows of a run's trace file as dicts, without a last line that a crash cut.
+
+    Raises:
+      FileProblem: the file is missing or damaged.
+    """
+    return read_rows(workdir, TRACE_NAME, _check_traced)
 
 
 def trace_row(step: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -203,14 +214,21 @@ def without_lists(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if np.ndim(value) == 0}
 
 
-def _open_rows(path, first_step):
+def _check_traced(row):
+    for name in TRACED:
+        for text in row[name] if isinstance(row[name], list) else [row[name]]:
+            int(text, 16) if name in ("batch", "params") else float.fromhex(text)
+
+
+def _check_numbers(row):
+    for value in row.values():
+        np.asarray(value, np.float64)
+
+
+def _open_rows(workdir, name, read, first_step):
     """Opens a file of rows to append to, without those of later steps."""
+    path = os.path.join(workdir, name)
     if os.path.exists(path):
-        kept = [row for row in _read_rows(path) if row["step"] <= first_step]
+        kept = [row for row in read(workdir) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return open(path, "a", encoding="utf-8")
-
-
-def _read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -443,3 +443,32 @@ def test_a_plan_of_version_0_1_keeps_its_rules():
     assert not preprocess_label(lines, np.eye(4), plan, 2).any()
     new = dataclasses.replace(plan, keep_thin=True)
     assert preprocess_label(lines, np.eye(4), new, 2).sum() == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("spacing_mm", (1, 1)),
+        ("spacing_mm", (1, 1, -1)),
+        ("spacing_mm", (1, 1, np.nan)),
+        ("normalisation", ("zscore", "no")),
+        ("normalisation", ()),
+        ("intensity", ((), ())),
+        ("intensity", ((0.0, 1.0, 0.0),)),
+        ("image_order", 2),
+        ("label_order", "1"),
+        ("axes", (0, 1, 1)),
+        ("axes", (0, True, 2)),
+        ("spacing_from", "header"),
+        ("keep_thin", "yes"),
+        ("typical", {"weight_kg/x": {"min": 0, "max": 1, "low": 0, "high": 1}}),
+        ("typical", {"spacing_mm/x": {"min": 0, "max": 1}}),
+        ("typical", [1]),
+    ],
+)
+def test_a_plan_that_none_can_be_is_not_read(name, value):
+    plan = make_plan_of((1, 1, 1))
+    assert Plan.from_json(plan.to_json()) == plan
+    fields = json.loads(plan.to_json()) | {name: value}
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
+        Plan.from_json(json.dumps(fields))

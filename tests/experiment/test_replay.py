@@ -9,9 +9,18 @@ import pytest
 
 from jaxseg import reproduce
 from jaxseg.config import base_config, to_json
+from jaxseg.data.preprocess import Plan
 from jaxseg.experiment import gather, replay
 from jaxseg.run import identity
 from jaxseg.run import log as run_log
+
+PLAN = Plan(
+    spacing_mm=(1.0, 1.0, 1.0),
+    normalisation=("zscore",),
+    intensity=((),),
+    image_order=1,
+    label_order=1,
+)
 
 
 def metrics_of(step, num_members=None):
@@ -32,6 +41,7 @@ def make_run(tmp_path):
     def make_run(num_steps=6, num_members=None):
         config_json = to_json(base_config())
         (tmp_path / "config.json").write_text(config_json)
+        (tmp_path / "plan.json").write_text(PLAN.to_json())
         identity.record(tmp_path, 0, identity.describe(config_json, "f" * 64))
         with contextlib.closing(run_log.RunLog(str(tmp_path))) as log:
             log.start_at(0)
