@@ -242,6 +242,12 @@ def _restore_variables(manager, step):
         return manager.restore(step, args=ocp.args.Composite(state=state)).state
 
 
+def last_step(directory: str | Path) -> int:
+    """The step of the newest checkpoint in a folder, damaged or not; 0 where there is none."""
+    steps = [int(path.name) for path in Path(directory).glob("*") if path.name.isdecimal()]
+    return max(steps, default=0)
+
+
 def close_checkpoints(manager: ocp.CheckpointManager) -> None:
     """Ends the threads that the manager keeps; what was saved is on disk already."""
     manager.close()
