@@ -17,7 +17,7 @@ from jaxseg.models.summary import summarise_model, training_memory
 from jaxseg.planning.measures import CaseMeasures, pooled
 from jaxseg.planning.reasons import reasons_of
 from jaxseg.run import writers
-from jaxseg.run.log import SilentLog
+from jaxseg.run.log import Log
 
 
 def plan_folder(
@@ -27,6 +27,7 @@ def plan_folder(
     configuration: str = "auto",
     settings: Sequence[str] = (),
     output: str = "",
+    log: Log,
 ) -> str:
     """Plans for the training cases of a folder.
 
@@ -35,6 +36,7 @@ def plan_folder(
       preset, configuration: as `plan.preset` and `plan.configuration`.
       settings: "FIELD=VALUE" of other fields.
       output: JSON file to write the decisions to; "" writes none.
+      log: where to say what is found while the folder is read.
     Returns:
       Text for the terminal.
     Raises:
@@ -42,7 +44,7 @@ def plan_folder(
     """
     config = _config_of(directory, preset, configuration, settings)
     config_checks.validate(config)
-    found = find_data(config, SilentLog())
+    found = find_data(config, log)
     planned = plan_for(config, found)
     values = values_of(planned, found.dataset)
     complete = decided(config, values)
@@ -60,7 +62,6 @@ def plan_folder(
         }
         writers.write_json(output, content)
     sections = [
-        [f"{directory}: {found.dataset.layout}, {len(found.dataset.cases)} labelled cases"],
         *_about_data(found),
         *_about_configurations(planned),
         _about_training(complete, found, planned),

@@ -31,7 +31,45 @@ def bar_over(items: Iterable[Item], title: str) -> Iterator[Item]:
     return iter(tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty()))
 
 
-class RunLog:
+class SilentLog:
+    """Says and writes nothing: of all processes of a run only the first speaks."""
+
+    def start_at(self, first_step: int) -> None:
+        pass
+
+    def text(self, line: str) -> None:
+        pass
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def trace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
+        return iter(items)
+
+    def close(self) -> None:
+        pass
+
+
+class TerminalLog(SilentLog):
+    """Says on the terminal what a RunLog says, and writes nothing."""
+
+    def text(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+
+    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
+        """Wraps an iterable: a bar on a terminal, and a line at the end."""
+        start = time.monotonic()
+        count = 0
+        for item in bar_over(items, title):
+            yield item
+            count += 1
+        self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
+
+
+class RunLog(TerminalLog):
     """Text and numbers of one run, appended to the files in its folder.
 
     Args:
@@ -60,7 +98,7 @@ class RunLog:
 
     def text(self, line: str) -> None:
         """Shows a line on the terminal and appends it, with the time, to the log file."""
-        tqdm.write(line, file=sys.stdout)
+        super().text(line)
         self._append(self._text, LOG_NAME, [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"])
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
@@ -79,15 +117,6 @@ class RunLog:
         """Appends rows of `trace_row` to the trace file."""
         self._append(self._trace, TRACE_NAME, (json.dumps(row) + "\n" for row in rows))
 
-    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
-        """Wraps an iterable: a bar on a terminal, a line at the end in the log."""
-        start = time.monotonic()
-        count = 0
-        for item in bar_over(items, title):
-            yield item
-            count += 1
-        self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
-
     def close(self) -> None:
         files = (self._text, self._metrics, self._trace, self._tensorboard)
         with naming(self._workdir), contextlib.ExitStack() as stack:
@@ -100,29 +129,7 @@ class RunLog:
             file.flush()
 
 
-class SilentLog:
-    """A RunLog that says and writes nothing: of all processes of a run only the first speaks."""
-
-    def start_at(self, first_step: int) -> None:
-        pass
-
-    def text(self, line: str) -> None:
-        pass
-
-    def scalars(self, step: int, values: dict[str, Any]) -> None:
-        pass
-
-    def trace(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        pass
-
-    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
-        return iter(items)
-
-    def close(self) -> None:
-        pass
-
-
-Log = RunLog | SilentLog
+Log = RunLog | TerminalLog | SilentLog
 
 
 class StepProgress:

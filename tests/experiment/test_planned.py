@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 
 import pytest
 
 from jaxseg import config as config_lib
-from jaxseg import config_planned
+from jaxseg import config_planned, plan
 from jaxseg.config import ConfigProblems, base_config, flatten
 from jaxseg.config_checks import validate
 from jaxseg.config_planned import PLANNED, decided, undecided
@@ -129,6 +131,7 @@ def test_the_text_and_the_file_of_a_plan(boxes, tmp_path):
         preset="nnunet",
         settings=(f"data.cache_dir={tmp_path}/cache", "train.batch_size=5"),
         output=str(output),
+        log=run_log.SilentLog(),
     )
     for words in (
         "20 x 18 x 8",
@@ -163,8 +166,30 @@ def test_a_file_that_holds_no_plan_is_refused(boxes, tmp_path, content):
 
 def test_settings_that_can_not_be_used_are_all_told(boxes):
     with pytest.raises(ConfigProblems, match="2 problem") as caught:
-        plan_folder.plan_folder(str(boxes), settings=("data.knd=images", "seed"))
+        plan_folder.plan_folder(
+            str(boxes), settings=("data.knd=images", "seed"), log=run_log.SilentLog()
+        )
     assert "--set=data.knd=images" in str(caught.value) and "--set=seed" in str(caught.value)
+
+
+def test_the_command_says_what_training_says_of_the_data(
+    make_msd_folder, tmp_path, monkeypatch, capsys
+):
+    data = make_msd_folder(num_cases=6)
+    shutil.copy(data / "imagesTr/case_00.nii.gz", data / "imagesTr/case_01.nii.gz")
+    shutil.copy(data / "imagesTr/case_00.nii.gz", data / "imagesTr/unlisted.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    said = []
+    for _ in range(2):
+        plan.main(["plan", f"--dir={data}", f"--set=data.cache_dir={tmp_path}/cache"])
+        said.append(capsys.readouterr().out)
+    for text in said:
+        assert re.search(r"^note: .*unlisted\.nii\.gz", text, re.M)
+        assert "are there more than once, those cases count as one subject: case_00" in text
+        assert text.count("6 labelled cases") == 1
+    assert re.search(r"^verifying: 6 cases in .* s$", said[0], re.M) and "verifying" not in said[1]
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}  # and no log of a run
 
 
 def test_a_configuration_that_the_data_do_not_have_is_refused(boxes, tmp_path):
