@@ -46,6 +46,7 @@ def _problems_of(config):
         *_sign_problems(fields),
         *(problem for name, value in fields.items() for problem in _kind_problems(name, value)),
         *_data_problems(config),
+        *_plan_problems(config),
         *_split_problems(config),
         *_training_problems(config),
         *_parallel_problems(config),
@@ -155,6 +156,15 @@ def _data_problems(config):
             f"data.class_names {len(data.class_names)}: they must agree"
         )
     return problems
+
+
+def _plan_problems(config):
+    wanted, patch_size = config.plan.configuration, tuple(config.data.patch_size)
+    is_free = not config.plan.preset or wanted == "auto"
+    if is_free or (wanted == "2d") == (len(patch_size) == 2):
+        return []
+    rank = 2 if wanted == "2d" else 3
+    return [f"plan.configuration {wanted!r} needs {rank} entries in data.patch_size: {patch_size}"]
 
 
 def _split_problems(config):

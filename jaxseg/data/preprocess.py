@@ -15,6 +15,7 @@ from jaxseg.data import familiarity
 from jaxseg.data.cases import Case, Dataset, DatasetProblems
 from jaxseg.data.label_values import IGNORED
 from jaxseg.data.reading import read_case_image, read_case_label
+from jaxseg.planning.normalisation import schemes_of
 
 # Enough voxels per case for stable percentiles, few enough to keep those of every case in memory.
 VOXELS_PER_CASE = 10_000
@@ -279,7 +280,7 @@ def slice_axes(
 def _normalisation_of(modality, wanted):
     if wanted != "auto":
         return wanted
-    return "ct" if modality.strip().upper() == "CT" else "zscore"
+    return "ct" if schemes_of([modality]) == ("ct",) else "zscore"
 
 
 def _clipped_statistics(values):

@@ -12,10 +12,9 @@ from jaxseg.config import ConfigProblems, flatten
 from jaxseg.config_planned import decided, open_config
 from jaxseg.experiment import build
 from jaxseg.experiment.gather import Found, find_data
-from jaxseg.experiment.planned import Planned, plan_for, values_of
+from jaxseg.experiment.planned import Planned, plan_for, reasons_for, values_of
 from jaxseg.models.summary import summarise_model, training_memory
 from jaxseg.planning.measures import CaseMeasures, pooled
-from jaxseg.planning.reasons import reasons_of
 from jaxseg.run import writers
 from jaxseg.run.log import Log
 
@@ -145,10 +144,9 @@ def _structure_lines(found: Found, measures: Sequence[CaseMeasures]) -> list[str
 
 
 def _about_configurations(planned: Planned) -> Iterator[list[str]]:
-    for name, made in planned.configurations.items():
+    for name in planned.configurations:
         chosen = f", which is trained: {planned.why}" if name == planned.name else ""
-        reasons = reasons_of(name, made, planned.facts, planned.preset)
-        yield [f"{planned.preset} {name}{chosen}", *_table((), list(reasons))]
+        yield [f"{planned.preset} {name}{chosen}", *_table((), reasons_for(planned, name))]
 
 
 def _about_training(complete: ConfigDict, found: Found, planned: Planned) -> list[str]:

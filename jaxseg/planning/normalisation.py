@@ -11,7 +11,7 @@ MOSTLY_BACKGROUND = 0.75
 
 def schemes_of(channel_names: Sequence[str]) -> tuple[str, ...]:
     """The scheme of each channel."""
-    return tuple(_BY_NAME.get(name.casefold(), "zscore") for name in channel_names)
+    return tuple(_BY_NAME.get(name.strip().casefold(), "zscore") for name in channel_names)
 
 
 def masked_normalisation(schemes: Sequence[str], relative_size: float) -> tuple[bool, ...]:

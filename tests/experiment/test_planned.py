@@ -69,6 +69,25 @@ def test_what_is_set_is_obeyed_and_the_rest_follows_it(boxes, tmp_path):
     assert complete.model.strides == ((2, 2), (2, 2))
     assert complete.preprocess.axes == (0, 1, 2)
     assert "set by you: data.patch_size (16, 16), train.batch_size 3" in lines[-1]
+    assert "  patch: (16, 16) (set by you)" in lines and "  batch: 3 (set by you)" in lines
+    assert sum("(set by you)" in line for line in lines) == 2
+
+
+def test_axes_that_are_set_are_planned_for(boxes, tmp_path):
+    changes = {"preprocess.axes": (2, 0, 1), "preprocess.normalisation": "ct"}
+    complete, lines = resolve(open_config(boxes, tmp_path, **changes))
+    # 8 voxels of 2 mm come first now, and are halved last.
+    assert complete.data.patch_size == (8, 20, 20)
+    assert complete.model.strides == ((1, 2, 2), (2, 2, 2))
+    assert complete.preprocess.spacing_mm == (1.0, 1.0, 2.0)  # of x, y, z as ever
+    assert "  channel MRI: ct (set by you)" in lines
+
+
+def test_a_patch_that_the_configuration_can_not_have_is_refused(boxes, tmp_path):
+    changes = {"plan.configuration": "2d", "data.patch_size": (16, 16, 8)}
+    with pytest.raises(ConfigProblems, match=r"'2d' needs 2 entries in data\.patch_size: \(16, "):
+        validate(open_config(boxes, tmp_path, **changes))
+    validate(open_config(boxes, tmp_path, **changes | {"data.patch_size": (16, 16)}))
 
 
 def test_sides_that_are_classes_are_not_exchanged(make_msd_folder, tmp_path):
@@ -195,6 +214,9 @@ def test_the_command_says_what_training_says_of_the_data(
 def test_a_configuration_that_the_data_do_not_have_is_refused(boxes, tmp_path):
     config = open_config(boxes, tmp_path, **{"plan.configuration": "3d_lowres"})
     with pytest.raises(ConfigProblems, match=r"'3d_lowres', but compact has .* 3d_fullres, 2d"):
+        resolve(config)
+    config.preprocess.spacing_mm = (1.0, 1.0, 2.0)
+    with pytest.raises(ConfigProblems, match=r"its? has a spacing of its own"):
         resolve(config)
     complete, _ = resolve(open_config(boxes, tmp_path, **{"plan.configuration": "2d"}))
     assert len(complete.data.patch_size) == 2
