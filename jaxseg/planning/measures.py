@@ -56,6 +56,7 @@ class CaseMeasures:
       cropped_shape: [3] voxels of the box around all that is not 0 in every channel.
       intensities: for each channel, of the foreground; () without label.
       structures: for each class from 1 on; () without label.
+      background: voxels of class 0; 0 without label.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class CaseMeasures:
     cropped_shape: tuple[int, ...]
     intensities: tuple[Intensities, ...] = ()
     structures: tuple[Structure, ...] = ()
+    background: int = 0
 
     @property
     def relative_size(self) -> float:
@@ -84,6 +86,7 @@ class CaseMeasures:
                 Structure(**(of | {"extent_mm": tuple(of["extent_mm"])}))
                 for of in fields["structures"]
             ),
+            background=fields["background"],
         )
 
 
@@ -119,6 +122,7 @@ def measure_case(
         cropped_shape=tuple(span.stop - span.start for span in nonzero_box(image)),
         intensities=intensities,
         structures=structures,
+        background=0 if label is None else int((label == 0).sum()),
     )
 
 
