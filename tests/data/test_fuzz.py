@@ -156,6 +156,16 @@ BECOME = {
     "noise": lambda content: bytes(range(256)),
     "nested": lambda content: b'{"a":' * 100_000 + b"\n",
 }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("damage", BECOME)
+def test_what_is_kept_of_data_and_is_no_more_is_made_again(finished_run, tmp_path, damage):
+    for path, check in cached(finished_run[1], tmp_path).items():
+        path.write_bytes(BECOME[damage](path.read_bytes()))
+        check(path)
+
+
 # By command what it reads of a run.
 READ = {
     "predict": {"config.json", "plan.json", "data.json", "predictor.json"},
