@@ -119,8 +119,7 @@ def make_plan(
         image, affine = read_case_image(dataset, case)
         image, canonical_affine = geometry.to_canonical(image, affine)
         spacings.append(geometry.spacing_mm_from_affine(canonical_affine))
-        num_channels = image.shape[-1]
-        names = dataset.modalities or ("unknown",) * num_channels
+        names = dataset.channel_names(image.shape[-1])
         kinds = tuple(_normalisation_of(name, normalisation) for name in names)
         features.append(familiarity.describe_image(image, spacings[-1], kinds))
         if "ct" in kinds:

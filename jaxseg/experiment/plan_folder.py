@@ -61,7 +61,7 @@ def plan_folder(
         }
         writers.write_json(output, content)
     sections = [
-        *_about_data(found),
+        *_about_data(found, planned.facts.channel_names),
         *_about_configurations(planned),
         _about_training(complete, found, planned),
     ]
@@ -92,13 +92,10 @@ def _config_of(directory, preset, configuration, settings):
     return config
 
 
-def _about_data(found: Found) -> Iterator[list[str]]:
+def _about_data(found: Found, channel_names: Sequence[str]) -> Iterator[list[str]]:
     measures = [found.survey[case_id].measures for case_id in found.planned]
     yield [f"what {len(measures)} training cases are like", *_grid_lines(measures)]
-    names = found.dataset.modalities or [
-        f"channel {n}" for n in range(len(measures[0].intensities))
-    ]
-    rows = [(name, pooled(measures, channel)) for channel, name in enumerate(names)]
+    rows = [(name, pooled(measures, channel)) for channel, name in enumerate(channel_names)]
     yield [
         "intensities of the foreground",
         *_table(

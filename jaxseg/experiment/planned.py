@@ -101,9 +101,10 @@ def reasons_for(planned: Planned, name: str) -> list[tuple[str, str, str]]:
 
 def _facts_of(found):
     dataset = found.dataset
+    measures = [found.survey[case_id].measures for case_id in found.planned]
     return facts_from(
-        [found.survey[case_id].measures for case_id in found.planned],
-        channel_names=dataset.modalities,
+        measures,
+        channel_names=dataset.channel_names(max(len(case.intensities) for case in measures)),
         num_labels=len(dataset.class_names) + bool(dataset.coding.ignore),
     )
 

@@ -90,14 +90,13 @@ def facts_from(
 
     Args:
       measures: of the training cases.
-      channel_names: () where the dataset does not say.
+      channel_names: of the images.
       num_labels: background and ignored label included.
     """
-    num_channels = max(len(case.intensities) for case in measures)
     return DatasetFacts(
         spacings_mm=[case.spacing_mm for case in measures],
         shapes=[case.cropped_shape for case in measures],
-        channel_names=channel_names or ("unknown",) * num_channels,
+        channel_names=channel_names,
         num_labels=num_labels,
         num_training=len(measures),
         relative_size=float(np.median([case.relative_size for case in measures])),

@@ -175,7 +175,9 @@ def to_json(cases: Mapping[str, CaseMeasures], channel_names: Sequence[str]) -> 
     summary = {
         "num_cases": len(every),
         "median_relative_size": float(np.median([case.relative_size for case in every])),
-        "intensities": {name: pooled(every, channel) for channel, name in enumerate(channel_names)},
+        "intensities": [  # two channels may have one name
+            {"channel": name} | pooled(every, channel) for channel, name in enumerate(channel_names)
+        ],
         "cases": {case_id: dataclasses.asdict(case) for case_id, case in cases.items()},
     }
     return json.dumps(summary, indent=1)

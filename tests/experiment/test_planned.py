@@ -7,7 +7,9 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jaxseg import config as config_lib
 from jaxseg import config_planned, plan
@@ -189,6 +191,32 @@ def test_settings_that_can_not_be_used_are_all_told(boxes):
             str(boxes), settings=("data.knd=images", "seed"), log=run_log.SilentLog()
         )
     assert "--set=data.knd=images" in str(caught.value) and "--set=seed" in str(caught.value)
+
+
+def test_channels_without_a_name_have_their_number_everywhere(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        colours = rng.integers(0, 9, (24, 20, 3)) + 9 * np.arange(3)
+        for folder, values in (("images", colours), ("masks", 255 * np.eye(24, 20))):
+            path = tmp_path / "data" / folder / f"p{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(path)
+    config = open_config(tmp_path / "data", tmp_path)
+    found = find_data(config, run_log.SilentLog())
+    _, lines = planned.resolved(config, found)
+    names = [line.split(":")[0].strip() for line in lines if line.startswith("  channel")]
+    assert names == ["channel 0", "channel 1", "channel 2"]
+    fingerprint = json.loads(planned.fingerprint_json(found))
+    assert [of["channel"] for of in fingerprint["intensities"]] == ["0", "1", "2"]
+    assert len({of["mean"] for of in fingerprint["intensities"]}) == 3
+    text = plan_folder.plan_folder(
+        str(tmp_path / "data"),
+        settings=(f"data.cache_dir={tmp_path}/cache",),
+        log=run_log.SilentLog(),
+    )
+    for number in range(3):
+        assert re.search(rf"^  {number} +\d", text, re.M)  # of the table of intensities
+        assert re.search(rf"^  channel {number} +zscore", text, re.M)
 
 
 def test_the_command_says_what_training_says_of_the_data(

@@ -54,9 +54,10 @@ def test_a_case_without_label_and_an_image_of_zeros():
 def test_through_json_and_back():
     image, label = make_case()
     case = measures.measure_case(image, label, (1, 1, 1), num_classes=4)
-    read = json.loads(measures.to_json({"a": case}, ["x", "y"]))
+    read = json.loads(measures.to_json({"a": case}, ["x", "x"]))
     assert measures.CaseMeasures.from_dict(read["cases"]["a"]) == case
-    assert read["num_cases"] == 1 and read["intensities"]["y"]["mean"] == 10
+    assert read["num_cases"] == 1 and [of["channel"] for of in read["intensities"]] == ["x", "x"]
+    assert [of["mean"] for of in read["intensities"]] == [5, 10]
     with pytest.raises(KeyError):
         measures.CaseMeasures.from_dict({"shape": (1, 2, 3)})
 
