@@ -222,6 +222,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ensemble.by": ("map", "vmap"),
 }
 
+# Of these a field may hold one for each channel, with commas between them.
+PER_CHANNEL = ("preprocess.normalisation",)
+
 MODEL_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "unet": {
         "model.encoder": ("plain", "residual", "vgg16", "resnet18", "resnet34", "resnet50"),

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from jaxseg.config import (
     MODEL_DEFAULTS,
     NOT_NEGATIVE,
+    PER_CHANNEL,
     POSITIVE,
     PUBLISHED_DEPTHS,
     ConfigProblems,
@@ -30,7 +31,7 @@ def validate(config: ConfigDict) -> None:
                 f"{name} is not set: give it a value, or let a plan decide with plan.preset"
                 for name in open_fields
             )
-        # Whether for slices or for volumes is not known yet: what is wrong with both is wrong.
+        # For slices or for volumes? What is wrong with both is wrong.
         problems = min((_problems_of(with_stand_ins(config, n)) for n in (2, 3)), key=len)
     else:
         problems = _problems_of(config)
@@ -46,6 +47,7 @@ def _problems_of(config):
         *_sign_problems(fields),
         *(problem for name, value in fields.items() for problem in _kind_problems(name, value)),
         *_data_problems(config),
+        *_plan_problems(config),
         *_split_problems(config),
         *_training_problems(config),
         *_parallel_problems(config),
@@ -57,15 +59,9 @@ def _choice_problems(model, fields):
     return [
         _not_a_choice(name, value, choices)
         for name, choices in choices_of(model).items()
-        if name in fields
-        for value in _chosen(name, fields[name])
-        if value not in choices
+        for value in (re.split(", *", fields[name]) if name in PER_CHANNEL else [fields.get(name)])
+        if name in fields and value not in choices
     ]
-
-
-def _chosen(name, value):
-    """What a field chooses: of normalisation one for each channel."""
-    return re.split(r"\s*,\s*", value) if name == "preprocess.normalisation" else [value]
 
 
 def _sign_problems(fields):
@@ -162,6 +158,15 @@ def _data_problems(config):
             f"data.class_names {len(data.class_names)}: they must agree"
         )
     return problems
+
+
+def _plan_problems(config):
+    wanted, patch_size = config.plan.configuration, tuple(config.data.patch_size)
+    is_free = not config.plan.preset or wanted == "auto"
+    if is_free or (wanted == "2d") == (len(patch_size) == 2):
+        return []
+    rank = 2 if wanted == "2d" else 3
+    return [f"plan.configuration {wanted!r} needs {rank} entries in data.patch_size: {patch_size}"]
 
 
 def _split_problems(config):
@@ -388,10 +393,8 @@ def _ensemble_problems(config):
     if ensemble.folds == 1:
         problems.append("ensemble.folds must be at least 2, or 0")
     if ensemble.folds and config.split.num_folds not in (0, ensemble.folds):
-        problems.append(
-            f"split.num_folds {config.split.num_folds} must be ensemble.folds {ensemble.folds}, "
-            "or 0"
-        )
+        wrong = f"split.num_folds {config.split.num_folds} must be"
+        problems.append(f"{wrong} ensemble.folds {ensemble.folds}, or 0")
     if ensemble.size > 1 and config.seed + ensemble.size > 2**31:
         problems.append(f"seed {config.seed} + ensemble.size {ensemble.size} must not pass 2^31")
     return problems

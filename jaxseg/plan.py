@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
     with command.one_message(NAME):
         command.hide_accelerators()
         from jaxseg.experiment.plan_folder import plan_folder  # needs `pip install jaxseg[train]`
+        from jaxseg.run.log import TerminalLog
 
         text = plan_folder(
             os.path.expanduser(options.dir),
@@ -31,8 +32,9 @@ def main(argv: Sequence[str]) -> None:
             configuration=options.configuration,
             settings=options.set,
             output=os.path.expanduser(options.output),
+            log=TerminalLog(),
         )
-        print(text)
+        print(f"\n{text}")
 
 
 def _define_flags(options):

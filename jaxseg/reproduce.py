@@ -2,7 +2,8 @@
 
 Every step of a run leaves a line in trace.jsonl: checksums of its batch and of the parameters after
 it, its loss and gradient norm. The same steps are done again, from the first, and compared to the
-bit. Nothing is written. Exits with 1 where a step differs, with 2 if nothing could be replayed.
+bit. Nothing is written. Exits with 1 where a step differs, with 2 if nothing could be replayed, as
+where the trace ends before the run does.
 
 Give it the devices and the environment variables of the run; what else has changed since is shown.
 """

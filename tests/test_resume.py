@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 
@@ -15,7 +14,6 @@ import pytest
 from jaxseg.config import base_config
 from jaxseg.data import pipeline
 from jaxseg.experiment import setup, train
-from jaxseg.problem import Problem
 from jaxseg.run import checkpoint
 from jaxseg.run import log as run_log
 
@@ -259,16 +257,3 @@ def test_data_that_have_moved_are_the_same_data(trained, tmp_path):
         train.train(config)
     lines = str(caught.value).splitlines()
     assert lines[1:] == [f"  - case case_01: {image} has changed"]
-
-
-@pytest.mark.parametrize("name", ["config.json", "plan.json", "data.json"])
-@pytest.mark.parametrize("content", ["{", "{}"])
-def test_a_damaged_file_of_a_run_is_named(trained, name, content):
-    path = pathlib.Path(trained.workdir, name)
-    original = path.read_text()
-    path.write_text(content)
-    try:
-        with pytest.raises(Problem, match=rf"{re.escape(name)}: damaged"):
-            train.train(trained)
-    finally:
-        path.write_text(original)

@@ -70,6 +70,10 @@ class Dataset:
     notes: tuple[str, ...] = ()
     spacing_from: str = "pixdim"
 
+    def channel_names(self, num_channels: int) -> tuple[str, ...]:
+        """The modalities or, where the dataset does not say, the numbers of the channels."""
+        return self.modalities or tuple(map(str, range(num_channels)))
+
 
 class DatasetProblems(Problem):
     """Everything that is wrong with a dataset.

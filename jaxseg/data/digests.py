@@ -65,7 +65,7 @@ def _known_digests(path):
             for name, entry in content.items()
             if len(entry) == 4 and len(bytes.fromhex(entry[-1])) == hashlib.sha256().digest_size
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -101,6 +101,16 @@ def typical_ranges(
     return ranges
 
 
+def are_ranges(ranges: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether what a file holds can be of `typical_ranges`; may raise where it is not."""
+    return all(
+        name.partition("/")[0] in KINDS
+        and np.isfinite([limits[each] for each in ("min", "max", "low", "high")]).all()
+        and np.isfinite(limits.get("template", [0.0] * CELLS**3)).tolist() == [True] * CELLS**3
+        for name, limits in ranges.items()
+    )
+
+
 def unlike_reasons(
     features: Mapping[str, float | list[float]], ranges: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:

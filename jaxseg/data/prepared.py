@@ -113,7 +113,7 @@ def _read_plan(path):
     try:
         with open(path, encoding="utf-8") as file:
             return preprocess.Plan.from_json(file.read())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

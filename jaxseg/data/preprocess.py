@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxseg.data import familiarity
 from jaxseg.data.cases import Case, Dataset, DatasetProblems
 from jaxseg.data.label_values import IGNORED
 from jaxseg.data.reading import read_case_image, read_case_label
-from jaxseg.planning.normalisation import CONSTANTS, schemes_of
+from jaxseg.planning.normalisation import CONSTANTS, SCHEMES, schemes_of
 
 # Enough voxels per case for stable percentiles, few enough to keep those of every case in memory.
 VOXELS_PER_CASE = 10_000
@@ -62,11 +63,41 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+          AttributeError, KeyError, RecursionError, TypeError, ValueError: it is damaged.
+        """
         fields = json.loads(text)
         for name in {"spacing_mm", "normalisation", "axes"} & set(fields):
             fields[name] = tuple(fields[name])
         fields["intensity"] = tuple(map(tuple, fields["intensity"]))
-        return cls(**fields)
+        plan = cls(**fields)
+        if wrong := [name for name, is_right in _rightness(plan).items() if not is_right]:
+            raise ValueError(f"its {wrong[0]!r} is {reprlib.repr(fields[wrong[0]])}")
+        return plan
+
+
+def _rightness(plan: Plan) -> dict[str, bool]:
+    """For each field of a plan that was read whether its value is one that a plan can have."""
+    spacing = np.asarray(plan.spacing_mm, np.float64)
+    statistics = [
+        len(of) == (4 if kind == "ct" else 0) and np.isfinite(np.asarray(of, np.float64)).all()
+        for of, kind in zip(plan.intensity, plan.normalisation, strict=True)
+    ]
+    return {
+        "spacing_mm": spacing.shape == (3,) and bool((np.isfinite(spacing) & (spacing >= 0)).all()),
+        "normalisation": bool(plan.normalisation) and set(plan.normalisation) <= set(SCHEMES),
+        "intensity": all(statistics),
+        "image_order": plan.image_order in (1, 3),
+        "label_order": plan.label_order in (0, 1),
+        "axes": repr(sorted(plan.axes)) == "[0, 1, 2]",
+        "spacing_from": plan.spacing_from in ("pixdim", "sform"),
+        "typical": familiarity.are_ranges(plan.typical),
+    } | {
+        name: isinstance(getattr(plan, name), bool)
+        for name in ("keep_thin", "crop", "normalise_first", "coarse_apart")
+    }
 
 
 def make_plan(
@@ -102,8 +133,7 @@ def make_plan(
         image, affine = read_case_image(dataset, case)
         image, canonical_affine = geometry.to_canonical(image, affine)
         spacings.append(geometry.spacing_mm_from_affine(canonical_affine))
-        num_channels = image.shape[-1]
-        names = dataset.modalities or ("unknown",) * num_channels
+        names = dataset.channel_names(image.shape[-1])
         kinds = _schemes(names, normalisation)
         features.append(familiarity.describe_image(image, spacings[-1], kinds))
         if "ct" in kinds:

@@ -39,7 +39,7 @@ def survey_once(
     sha256, digests = digest_of_data(dataset, cache_dir)
     known_by = hashlib.sha256(repr((sha256, dataset.spacing_from, strict)).encode())
     path = os.path.join(cache_dir, "verified", f"{known_by.hexdigest()[:16]}.json")
-    survey = _read(path)
+    survey = _read(path, dataset)
     if survey is None:
         survey = verify.verify(dataset, lambda cases: progress(cases, title="verifying"), strict)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -49,9 +49,19 @@ def survey_once(
     return survey, sha256, digests
 
 
-def _read(path):
+def _read(path, dataset):
+    """The survey that was kept, None where it is missing or damaged."""
+    everyone = {case.case_id for case in (*dataset.cases, *dataset.unlabelled)}
     try:
         with open(path, encoding="utf-8") as file:
-            return verify.from_json(file.read())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
+            survey = verify.from_json(file.read())
+        return survey if survey.keys() == everyone else None
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # missing or damaged
         return None

@@ -25,13 +25,11 @@ class CaseFacts:
 
     Attributes:
       measures: `CaseMeasures`, along the RAS+ axes.
-      voxels: of each class, background included; () where there is no label.
       content: SHA-256 of the image's values; "" where all are one value.
       remarks: (path, kind, detail) of the Remarks about its files.
     """
 
     measures: CaseMeasures
-    voxels: tuple[int, ...]
     content: str
     remarks: tuple[tuple[str, str, str], ...] = ()
 
@@ -44,6 +42,12 @@ class CaseFacts:
     def spacing_mm(self) -> tuple[float, ...]:
         """Along the RAS+ axes."""
         return self.measures.spacing_mm
+
+    @property
+    def voxels(self) -> tuple[int, ...]:
+        """Of each class, background included; () where there is no label."""
+        structures = self.measures.structures
+        return (self.measures.background, *(of.voxels for of in structures)) if structures else ()
 
 
 Survey = dict[str, CaseFacts]  # by case id
@@ -60,7 +64,6 @@ def from_json(text: str) -> Survey:
     return {
         case_id: CaseFacts(
             measures=CaseMeasures.from_dict(fields["measures"]),
-            voxels=tuple(fields["voxels"]),
             content=fields["content"],
             remarks=tuple((path, kind, detail) for path, kind, detail in fields["remarks"]),
         )
@@ -112,14 +115,13 @@ def verify(
             remarks += _told(dataset, case.label_path, near)
         if image is not None and image.values.size:
             content = "" if _is_constant(image.values) else _content_key(image.values)
-            voxels = _voxels(label, len(dataset.class_names))
-            if not content and sum(voxels[1:]):
+            if not content and _is_labelled(label, len(dataset.class_names)):
                 wrong = f"every value is {image.values.flat[0]:g}, though something is labelled"
                 mend = "copy it again from the source or remove the case"
                 problems.append(f"{case.image_path}: {wrong}; {mend}")
             if not images.affine_problems("", image.affine):
                 measures = _measured(image, label, len(dataset.class_names))
-                survey[case.case_id] = CaseFacts(measures, voxels, content, tuple(remarks))
+                survey[case.case_id] = CaseFacts(measures, content, tuple(remarks))
     problems += _channel_problems(num_channels, dataset.modalities)
     if strict:
         problems += [
@@ -216,13 +218,8 @@ def _grid_remarks(case, image, stored):
     return images.grid_remarks(case.label_path, stored, case.image_path, image)
 
 
-def _voxels(label, num_classes):
-    if label is None:
-        return ()
-    counts = np.zeros(256, np.int64)
-    for plane in label:  # bincount takes 8 bytes a voxel
-        counts += np.bincount(plane.ravel(), minlength=256)
-    return tuple(counts[:num_classes].tolist())
+def _is_labelled(label, num_classes):
+    return label is not None and bool(((label > 0) & (label < num_classes)).any())
 
 
 def _content_key(image):

@@ -12,12 +12,11 @@ from jaxseg.config import ConfigProblems, flatten
 from jaxseg.config_planned import decided, open_config
 from jaxseg.experiment import build
 from jaxseg.experiment.gather import Found, find_data
-from jaxseg.experiment.planned import Planned, plan_for, values_of
+from jaxseg.experiment.planned import Planned, plan_for, reasons_for, values_of
 from jaxseg.models.summary import summarise_model, training_memory
 from jaxseg.planning.measures import CaseMeasures, pooled
-from jaxseg.planning.reasons import reasons_of
 from jaxseg.run import writers
-from jaxseg.run.log import SilentLog
+from jaxseg.run.log import Log
 
 
 def plan_folder(
@@ -27,6 +26,7 @@ def plan_folder(
     configuration: str = "auto",
     settings: Sequence[str] = (),
     output: str = "",
+    log: Log,
 ) -> str:
     """Plans for the training cases of a folder.
 
@@ -35,6 +35,7 @@ def plan_folder(
       preset, configuration: as `plan.preset` and `plan.configuration`.
       settings: "FIELD=VALUE" of other fields.
       output: JSON file to write the decisions to; "" writes none.
+      log: where to say what is found while the folder is read.
     Returns:
       Text for the terminal.
     Raises:
@@ -42,7 +43,7 @@ def plan_folder(
     """
     config = _config_of(directory, preset, configuration, settings)
     config_checks.validate(config)
-    found = find_data(config, SilentLog())
+    found = find_data(config, log)
     planned = plan_for(config, found)
     values = values_of(planned, found.dataset)
     complete = decided(config, values)
@@ -60,8 +61,7 @@ def plan_folder(
         }
         writers.write_json(output, content)
     sections = [
-        [f"{directory}: {found.dataset.layout}, {len(found.dataset.cases)} labelled cases"],
-        *_about_data(found),
+        *_about_data(found, planned.facts.channel_names),
         *_about_configurations(planned),
         _about_training(complete, found, planned),
     ]
@@ -92,13 +92,10 @@ def _config_of(directory, preset, configuration, settings):
     return config
 
 
-def _about_data(found: Found) -> Iterator[list[str]]:
+def _about_data(found: Found, channel_names: Sequence[str]) -> Iterator[list[str]]:
     measures = [found.survey[case_id].measures for case_id in found.planned]
     yield [f"what {len(measures)} training cases are like", *_grid_lines(measures)]
-    names = found.dataset.modalities or [
-        f"channel {n}" for n in range(len(measures[0].intensities))
-    ]
-    rows = [(name, pooled(measures, channel)) for channel, name in enumerate(names)]
+    rows = [(name, pooled(measures, channel)) for channel, name in enumerate(channel_names)]
     yield [
         "intensities of the foreground",
         *_table(
@@ -144,10 +141,9 @@ def _structure_lines(found: Found, measures: Sequence[CaseMeasures]) -> list[str
 
 
 def _about_configurations(planned: Planned) -> Iterator[list[str]]:
-    for name, made in planned.configurations.items():
+    for name in planned.configurations:
         chosen = f", which is trained: {planned.why}" if name == planned.name else ""
-        reasons = reasons_of(name, made, planned.facts, planned.preset)
-        yield [f"{planned.preset} {name}{chosen}", *_table((), list(reasons))]
+        yield [f"{planned.preset} {name}{chosen}", *_table((), reasons_for(planned, name))]
 
 
 def _about_training(complete: ConfigDict, found: Found, planned: Planned) -> list[str]:

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxseg.config import ConfigProblems, flatten, with_tuples
-from jaxseg.config_planned import decided, undecided
+from jaxseg.config_planned import PLANNED, decided, undecided
 from jaxseg.data.cases import Dataset
 from jaxseg.experiment.advice import left_right_of, names_a_side
 from jaxseg.experiment.gather import Found
@@ -36,6 +36,7 @@ class Planned:
       why: a sentence why it is this one.
       facts: that it was planned from.
       configurations: all that the preset has for the data, by name.
+      own: what the user has set of what a plan decides or explains, by its full name.
     """
 
     preset: str
@@ -43,6 +44,7 @@ class Planned:
     why: str
     facts: DatasetFacts
     configurations: dict[str, Configuration]
+    own: dict[str, Any]
 
     @property
     def configuration(self) -> Configuration:
@@ -66,23 +68,41 @@ def plan_for(config: ConfigDict, found: Found) -> Planned:
         spacing_mm=tuple(config.preprocess.spacing_mm or ()),
         patch_size=tuple(config.data.patch_size or ()),
         batch_size=config.train.batch_size,
+        axes=tuple(config.preprocess.axes or ()),
         num_stages=len(config.model.features or ()) or None,
     )
     made = configurations_of(facts, preset, wishes=wishes)
     wanted = config.plan.configuration
     if wanted not in ("auto", *made):
+        coarser = wanted == "3d_lowres" and wishes.spacing_mm
+        own = "; it has a spacing of its own, unset preprocess.spacing_mm" if coarser else ""
         raise ConfigProblems(
-            [f"plan.configuration is {wanted!r}, but {preset} has for these data {', '.join(made)}"]
+            [
+                f"plan.configuration is {wanted!r}, but {preset} has for these data "
+                f"{', '.join(made)}{own}"
+            ]
         )
     name, why = choose(made, wanted, preset, wishes)
-    return Planned(preset, name, why, facts, made)
+    return Planned(preset, name, why, facts, made, _set_by_user(config))
+
+
+def _set_by_user(config):
+    fields = flatten(config)
+    return {name: fields[name] for name in PLANNED if fields[name] is not None}
+
+
+def reasons_for(planned: Planned, name: str) -> list[tuple[str, str, str]]:
+    """(decision, value, reason) for a configuration that was planned."""
+    made = planned.configurations[name]
+    return [*reasons_of(name, made, planned.facts, planned.preset, planned.own)]
 
 
 def _facts_of(found):
     dataset = found.dataset
+    measures = [found.survey[case_id].measures for case_id in found.planned]
     return facts_from(
-        [found.survey[case_id].measures for case_id in found.planned],
-        channel_names=dataset.modalities,
+        measures,
+        channel_names=dataset.channel_names(max(len(case.intensities) for case in measures)),
         num_labels=len(dataset.class_names) + bool(dataset.coding.ignore),
     )
 
@@ -90,14 +110,21 @@ def _facts_of(found):
 def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
     """The value of every field that a plan decides, by its full name."""
     made = planned.configuration
-    volumes = len(made.patch_size) == 3
     sided = any(names_a_side(name) for name in dataset.class_names)
-    spacing_mm = dict(zip(made.axes, made.spacing_mm, strict=False))
+    # Along an axis that slices are cut across, cases keep the steps that they have.
+    spacing_mm = {axis: 0.0 for axis in range(3)} | dict(
+        zip(made.axes, made.spacing_mm, strict=False)
+    )
     return {
         "data.patch_size": made.patch_size,
-        # Along an axis that slices are cut across, cases keep about the steps that they have.
-        "preprocess.spacing_mm": tuple(spacing_mm[axis] for axis in range(3)) if volumes else (),
+        "preprocess.spacing_mm": tuple(spacing_mm[axis] for axis in range(3)),
         "preprocess.axes": made.axes,
+        "preprocess.crop": True,
+        "preprocess.normalisation": ",".join(
+            "zscore_inside" if inside else scheme
+            for scheme, inside in zip(made.normalisation, made.inside_mask, strict=True)
+        ),
+        "preprocess.image_order": 3,
         "model.encoder": "residual" if made.residual else "plain",
         "model.features": made.features,
         "model.num_convs": made.convs,
@@ -130,7 +157,7 @@ def resolved(config: ConfigDict, found: Found) -> tuple[ConfigDict, list[str]]:
         planned = plan_for(config, found)
         values = values_of(planned, found.dataset)
         lines = [f"plan: {planned.preset} {planned.name}, {planned.why}"]
-        reasons = reasons_of(planned.name, planned.configuration, planned.facts, planned.preset)
+        reasons = reasons_for(planned, planned.name)
         lines += [f"  {what}: {value} ({why})" for what, value, why in reasons]
     complete = decided(config, values)
     fields = flatten(config)

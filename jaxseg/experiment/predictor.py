@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import glob
 import hashlib
-import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxseg import config as config_lib
 from jaxseg import geometry, parallel
 from jaxseg.data import familiarity
 from jaxseg.data.preprocess import Plan
 from jaxseg.experiment import build
 from jaxseg.experiment.members import kind_of_members, member_alone, members_of
+from jaxseg.experiment.saved import saved_config, saved_data, saved_plan
 from jaxseg.inference import postprocess, whole_volume
 from jaxseg.problem import Problem
 from jaxseg.run import checkpoint
+from jaxseg.run.readers import json_object, read_file
 
 # What `train` leaves beside the checkpoints once it has finished: which step, and what was chosen
 # on validation cases.
@@ -74,6 +74,7 @@ def load_predictor(
     Raises:
       PredictorProblem: a folder holds no finished run, runs do not fit together, or an output can
         not be had.
+      FileProblem, CheckpointProblem: a file of a run is missing or damaged.
     """
     runs = [_read_run(os.path.abspath(os.path.expanduser(workdir))) for workdir in workdirs]
     first = runs[0]
@@ -165,11 +166,9 @@ def segment(predictor: Predictor, image: np.ndarray, affine: np.ndarray) -> dict
 def _read_run(workdir):
     if not os.path.exists(os.path.join(workdir, FINISHED_NAME)):
         raise _unfinished(workdir, f"{FINISHED_NAME} is not there")
-    config = _parsed(workdir, "config", config_lib.from_json)
-    plan = _parsed(workdir, "plan", Plan.from_json)
-    data = _parsed(workdir, "data", _checked_data)
-    finished = _parsed(
-        workdir, "predictor", functools.partial(_checked_choices, len(data["class_names"]))
+    config, plan, data = saved_config(workdir), saved_plan(workdir), saved_data(workdir)
+    finished = read_file(
+        workdir, FINISHED_NAME, functools.partial(_choices_in, config, len(data["class_names"]))
     )
     try:
         variables = checkpoint.load_variables(
@@ -177,7 +176,7 @@ def _read_run(workdir):
         )
     except FileNotFoundError as error:
         raise _unfinished(workdir, error) from None
-    return {
+    run = {
         "workdir": workdir,
         "config": config,
         "margin": build.margin_of(config),
@@ -186,6 +185,32 @@ def _read_run(workdir):
         "finished": finished,
         "variables": _sets_of(variables, config, finished),
     }
+    _refuse_mixed_files(run)
+    return run
+
+
+def _refuse_mixed_files(run):
+    """Refuses files each of which is whole, but that are not of one run."""
+    workdir, config, num_channels = run["workdir"], run["config"], run["data"]["num_channels"]
+    mend = f"bring back the copies in {workdir}/checkpoints"
+    if len(run["plan"].normalisation) != num_channels:
+        raise PredictorProblem(
+            f"{workdir}: plan.json is of images with {len(run['plan'].normalisation)} channel(s), "
+            f"data.json of {num_channels}; {mend}"
+        )
+    model = build.create_model_for(config, len(run["data"]["class_names"]))
+    image = jax.ShapeDtypeStruct((1, *config.data.patch_size, num_channels), np.float32)
+    described = jax.eval_shape(model.init, jax.random.key(0), image)
+    wanted, found = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (described, run["variables"]))
+    )
+    for name in sorted(wanted | found):
+        if (shape := found.get(name, (0,))[1:]) != wanted.get(name):
+            raise PredictorProblem(
+                f"{workdir}: config.json and data.json describe another network than that whose "
+                f"weights were saved ({name} is {wanted.get(name)}, not {shape}); {mend}"
+            )
 
 
 def _unfinished(workdir, why):
@@ -195,34 +220,16 @@ def _unfinished(workdir, why):
     )
 
 
-def _parsed(workdir, name, parse):
-    """What a JSON file of a run says, by a function of its text."""
-    path = os.path.join(workdir, f"{name}.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return parse(file.read())
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        copies = sorted(glob.glob(os.path.join(glob.escape(workdir), "checkpoints/*", name)))
-        mend = "bring back a copy, or run the command of its training again, which makes it anew"
-        if copies:
-            mend = f"{copies[-1]}/metadata is a copy, put it there"
-        wrong = error.strerror if isinstance(error, OSError) else repr(error)
-        raise PredictorProblem(f"{path}: can not be read ({wrong}); {mend}") from error
-
-
-def _checked_data(text):
-    data = json.loads(text)
-    for name in ("class_names", "label_values", "num_channels"):
-        data[name]
-    return data
-
-
-def _checked_choices(num_classes, text):
-    finished = json.loads(text)
-    finished["step"]
+def _choices_in(config, num_classes, text):
+    finished = json_object(text, ("step", "temperature", "postprocess"))
+    if not isinstance(finished["step"], int):
+        raise ValueError(f"its step is {finished['step']!r}")
     postprocess.check_steps(finished["postprocess"]["steps"], num_classes)
-    if not finished["temperature"] > 0:
+    if not 0 < finished["temperature"] < math.inf:
         raise ValueError(f"its temperature is {finished['temperature']}")
+    num_members = len(members_of(config))
+    if kind_of_members(config) == "rates" and finished["member"] not in range(num_members):
+        raise ValueError(f"its member is {finished['member']}, of {num_members}")
     return finished
 
 

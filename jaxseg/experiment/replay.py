@@ -8,18 +8,16 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxseg import config as config_lib
 from jaxseg import parallel
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.gather import Data
-from jaxseg.experiment.resume import saved_plan
+from jaxseg.experiment.predictor import FINISHED_NAME
+from jaxseg.experiment.saved import saved_config, saved_plan
 from jaxseg.experiment.setup import check_batch_size, create_run, training_batches
 from jaxseg.problem import Problem
-from jaxseg.run import identity
-from jaxseg.run.log import TRACE_NAME, Log, SilentLog, read_trace, trace_row
-
-# In the order in which one follows from the other.
-COMPARED = ("batch", "loss", "grad_norm", "params")
+from jaxseg.run import checkpoint, identity
+from jaxseg.run.log import TRACE_NAME, TRACED, Log, SilentLog, read_trace, trace_row
+from jaxseg.run.readers import read_file
 
 
 class ReproduceProblem(Problem, ValueError):
@@ -36,36 +34,55 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
     Returns:
       Whether all steps agree.
     Raises:
-      ReproduceProblem: so many steps were not recorded.
-      OSError: a file of the run can not be read.
+      ReproduceProblem: so many steps were not recorded, or fewer than the run has done.
+      FileProblem: a file of the run is missing or damaged.
       ConfigProblems and what `replay` raises: the run can not be started again.
     """
-    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
-        config_json = file.read()
-    config = config_lib.from_json(config_json)
-    recorded = {row["step"]: row for row in read_trace(workdir)}
-    num_steps = num_steps or max(recorded, default=1)
-    missing = [step for step in range(1, num_steps + 1) if step not in recorded]
-    if missing:
-        raise ReproduceProblem(
-            f"{os.path.join(workdir, TRACE_NAME)} has {len(recorded)} steps, not step "
-            f"{missing[0]}; choose a smaller --num_steps, or a run that was recorded"
-        )
+    config = saved_config(workdir)
+    config_json = read_file(workdir, "config.json", str)  # as it was recorded, whatever its version
+    plan, sessions = saved_plan(workdir), identity.read_sessions(workdir)
+    recorded = _recorded_steps(workdir, config, num_steps)
     log = SilentLog()
-    data = gather.load_data(config, log, saved_plan(workdir))
+    data = gather.load_data(config, log, plan)
     now = identity.describe(config_json, data.sha256)
-    for session in identity.read_sessions(workdir):
+    for session in sessions:
         for line in identity.differences(session, now):
             say(f"the run from step {session['first_step'] + 1} on -> now: {line}")
 
-    rows = replay(config, data, log, num_steps)
-    for row in tqdm(rows, total=num_steps, unit="step", disable=None):
+    rows = replay(config, data, log, len(recorded))
+    for row in tqdm(rows, total=len(recorded), unit="step", disable=None):
         found = differences(recorded[row["step"]], row)
         if found:
             say("\n  ".join([f"step {row['step']} is the first that differs:", *found]))
             return False
-    say(f"all {num_steps} steps agree to the bit")
+    say(f"all {len(recorded)} steps agree to the bit")
     return True
+
+
+def _recorded_steps(workdir, config, num_steps):
+    """By step the rows that are to be replayed."""
+    path = os.path.join(workdir, TRACE_NAME)
+    recorded = {row["step"]: row for row in read_trace(workdir)}
+    last = num_steps or max(recorded, default=1)
+    missing = [step for step in range(1, last + 1) if step not in recorded]
+    if missing:
+        raise ReproduceProblem(
+            f"{path} has {len(recorded)} steps, not step {missing[0]}; choose a smaller "
+            "--num_steps, or a run that was recorded"
+        )
+    if num_steps is None and last < (done := _steps_done(workdir, config)):
+        raise ReproduceProblem(
+            f"{path}: ends at step {last}, but the run has come to step {done}; bring back a copy, "
+            f"or replay what is left with --num_steps={last}"
+        )
+    return {step: recorded[step] for step in range(1, last + 1)}
+
+
+def _steps_done(workdir, config):
+    """How many steps a run is known to have done."""
+    if os.path.exists(os.path.join(workdir, FINISHED_NAME)):
+        return config.train.num_steps
+    return checkpoint.last_step(os.path.join(workdir, "checkpoints"))
 
 
 def replay(config: ConfigDict, data: Data, log: Log, num_steps: int) -> Iterator[dict[str, Any]]:
@@ -93,7 +110,7 @@ def replay(config: ConfigDict, data: Data, log: Log, num_steps: int) -> Iterator
 def differences(recorded: dict[str, Any], replayed: dict[str, Any]) -> list[str]:
     """What differs between two rows of `jaxseg.run.log.trace_row`, as lines."""
     lines = []
-    for name in COMPARED:
+    for name in TRACED:
         pairs = [_as_list(recorded[name]), _as_list(replayed[name])]
         if len(pairs[0]) != len(pairs[1]):
             lines.append(f"{name}: of {len(pairs[0])} members -> of {len(pairs[1])}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,19 +9,24 @@ from ml_collections import ConfigDict
 from jaxseg import config as config_lib
 from jaxseg.config_planned import decided, undecided
 from jaxseg.data.digests import files_of
-from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.gather import Data
+from jaxseg.experiment.saved import saved_config, saved_data, saved_plan
 from jaxseg.experiment.setup import RunProblem
-from jaxseg.run import writers
+from jaxseg.run import identity, writers
+from jaxseg.run.log import METRICS_NAME, TRACE_NAME, read_metrics, read_trace
+from jaxseg.run.readers import json_object, read_file
 
 _MAX_LISTED = 10
 
 
 def refuse_another_experiment(workdir: str, config: ConfigDict) -> None:
     """Raises RunProblem if the saved run in `workdir` has another config."""
-    saved = json.dumps(read_json(os.path.join(workdir, "config.json"), ("data", "model")))
-    changes = config_lib.differences(saved, config_lib.to_json(config))
-    if changes:
+
+    def changes_from(text):
+        saved = json_object(text, ("data", "model"))
+        return config_lib.differences(json.dumps(saved), config_lib.to_json(config))
+
+    if changes := read_file(workdir, "config.json", changes_from):
         raise RunProblem(_another_run(workdir, changes))
 
 
@@ -30,15 +34,13 @@ def complete_as_saved(workdir: str, config: ConfigDict) -> ConfigDict:
     """The config, what it leaves open being as it was decided for the run in a folder."""
     if not undecided(config):
         return config
-    content = read_json(os.path.join(workdir, "config.json"), ("data", "model"))
-    saved = config_lib.from_json(json.dumps(content))
-    return decided(config, config_lib.flatten(saved))
+    return decided(config, config_lib.flatten(saved_config(workdir)))
 
 
 def refuse_other_data(workdir: str, data: Data) -> None:
     """Raises RunProblem if the saved run in `workdir` was trained on other data."""
     now = describe_data(data)
-    saved = read_json(os.path.join(workdir, "data.json"), now.keys() - {"files"})
+    saved = saved_data(workdir, now.keys() - {"files"})
     files = _changed_files(saved.get("files", {}), now.pop("files"), data)
     changes = [
         f"{key}: {saved[key]} -> {now[key]}"
@@ -49,40 +51,20 @@ def refuse_other_data(workdir: str, data: Data) -> None:
         raise RunProblem(_another_run(workdir, changes + files))
 
 
-def read_json(path: str, keys: Iterable[str] = ()) -> dict[str, Any]:
-    """The object in a JSON file of a run, which has these keys.
+def refuse_damaged_files(workdir: str, *, is_new: bool) -> None:
+    """Raises FileProblem if a file that the run in a folder goes on from is damaged.
 
-    Raises:
-      RunProblem: the file is missing or damaged.
+    Args:
+      workdir: the run's folder.
+      is_new: whether there is no checkpoint yet, so that what is not appended to is written anew.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-        if missing := [key for key in keys if key not in content]:
-            raise ValueError(f"it has no {missing[0]!r}")
-        return content
-    except (OSError, ValueError) as error:
-        raise RunProblem(
-            f"{path}: damaged, a file of the run can not be read ({error}); copy it from a backup, "
-            "or from beside a run of the same command, or train anew in another --config.workdir"
-        ) from None
-
-
-def saved_plan(workdir: str) -> Plan | None:
-    """The plan of the run in a folder, None if it has not come so far.
-
-    Raises:
-      RunProblem: it is damaged.
-    """
-    path = os.path.join(workdir, "plan.json")
-    if not os.path.exists(path):
-        return None
-    try:
-        return Plan.from_json(json.dumps(read_json(path)))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunProblem(f"{path}: damaged ({error!r}); copy it from a backup") from None
+    if not is_new:
+        saved_plan(workdir)
+        saved_data(workdir)
+    identity.read_sessions(workdir)
+    for name, read in ((METRICS_NAME, read_metrics), (TRACE_NAME, read_trace)):
+        if os.path.exists(os.path.join(workdir, name)):
+            read(workdir)
 
 
 def _changed_files(saved, now, data):

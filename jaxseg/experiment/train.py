@@ -26,9 +26,10 @@ from jaxseg.experiment.resume import (
     complete_as_saved,
     describe_data,
     refuse_another_experiment,
+    refuse_damaged_files,
     refuse_other_data,
-    saved_plan,
 )
+from jaxseg.experiment.saved import saved_plan
 from jaxseg.experiment.setup import (
     Run,
     RunProblem,
@@ -54,6 +55,7 @@ def train(config: ConfigDict) -> int | None:
       None when the run is complete, or the number of the signal that stopped it after it had saved.
     Raises:
       RunProblem: the folder holds another experiment, or the loss is not finite.
+      FileProblem: a file of the run in the folder is damaged.
       OwnershipProblem: another process works in the folder.
       CheckpointProblem: none of the saved checkpoints is whole, or one can not be written.
       ConfigProblems: the network can not take such a patch, or the devices not such a layout.
@@ -72,7 +74,9 @@ def train(config: ConfigDict) -> int | None:
     with owning(workdir) if is_first else contextlib.nullcontext():
         manager = checkpoint.open_checkpoints(checkpoints, keep=config.train.keep_checkpoints)
         try:
-            if manager.latest_step() is not None:
+            is_new = manager.latest_step() is None
+            refuse_damaged_files(workdir, is_new=is_new)
+            if not is_new:
                 config = complete_as_saved(workdir, config)
                 refuse_another_experiment(workdir, config)
             log: Log = RunLog(workdir) if is_first else SilentLog()

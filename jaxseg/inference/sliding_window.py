@@ -2,13 +2,12 @@
 
 Tiles are laid along the first axis, plane by plane, into a buffer that is one tile deep; what no
 later tile touches leaves it slice by slice, resampled to the source grid and reduced to a label
-there. So logits never exist for the whole volume. All sizes are data: one compiled program serves
-every volume that fits its arrays.
-
-Sizes are as in `resampling`.
+there. So logits never exist for the whole volume. All sizes are data, as in `resampling`: one
+compiled program serves every volume that fits its arrays.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -201,14 +200,13 @@ class _Axis:
         step: int,
         capacity: int,
     ):
-        self.size, self.source_size, self.coarse, self.window = size, source_size, coarse, window
+        self.size, self.window = size, window
+        self.neighbours = functools.partial(
+            neighbours, size=size, source_size=source_size, coarse=coarse
+        )
         num = 1 + -(-max(capacity - window, 0) // step)
         self.starts, self.num_tiles = tile_starts(size, window, step, num)
         self.weights = tile_weights(self.starts, self.num_tiles, window)
-
-    def neighbours(self, source: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of voxels of the source grid, see `resampling.neighbours`."""
-        return neighbours(source, self.size, self.source_size, self.coarse)
 
     def tiles_over(self, source_range: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """First and one past the last tile that touch what a range of source voxels needs."""

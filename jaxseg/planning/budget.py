@@ -57,15 +57,17 @@ class Wishes:
     """What a user has decided; what is empty or None is planned.
 
     Attributes:
-      spacing_mm: [3] along the axes of a case; 3d_lowres begins from it.
+      spacing_mm: [3] along the axes of a case; there is no 3d_lowres then.
       patch_size: [2] or [3] voxels along the axes of the grid.
       batch_size: patches in a step.
+      axes: [3] which axis of a case comes where.
       num_stages: resolutions of the network, at most.
     """
 
     spacing_mm: tuple[float, ...] = ()
     patch_size: tuple[int, ...] = ()
     batch_size: int | None = None
+    axes: tuple[int, ...] = ()
     num_stages: int | None = None
 
 
@@ -74,11 +76,20 @@ NO_WISHES = Wishes()
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Patches of one step: the topology of the network on one, and how many."""
+    """Patches of one step.
+
+    Attributes:
+      topology: of the network on one of them.
+      batch_size: how many.
+      activations: of one, see `network.count_activations`.
+      limit: why there are no more where the user does not say: "budget" of the preset, part of the
+        "dataset" that a step may hold, or "fewest" where either would allow less.
+    """
 
     topology: Topology
     batch_size: int
     activations: int
+    limit: str
 
 
 def batch_within(
@@ -114,8 +125,10 @@ def batch_within(
     activations = count(topology)
     fitting = round(limit / activations * REFERENCE_BATCH[rank])
     covering = round(num_voxels * preset.most_of_dataset / math.prod(topology.patch_size))
-    planned = max(MIN_BATCH, min(fitting, covering))
-    return Batch(topology, wishes.batch_size or planned, activations)
+    planned, why = (fitting, "budget") if fitting <= covering else (covering, "dataset")
+    if planned < MIN_BATCH:
+        planned, why = MIN_BATCH, "fewest"
+    return Batch(topology, wishes.batch_size or planned, activations, why)
 
 
 def _first_patch(spacing_mm, median_shape):

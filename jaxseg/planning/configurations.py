@@ -62,6 +62,7 @@ class Configuration:
       normalisation: scheme of each channel.
       inside_mask: for each channel whether it is normalised by what is not background alone.
       activations: of one patch, see `network.count_activations`.
+      batch_limit: `budget.Batch.limit`.
     """
 
     axes: tuple[int, ...]
@@ -79,6 +80,7 @@ class Configuration:
     normalisation: tuple[str, ...]
     inside_mask: tuple[bool, ...]
     activations: int
+    batch_limit: str
 
 
 def facts_from(
@@ -88,14 +90,13 @@ def facts_from(
 
     Args:
       measures: of the training cases.
-      channel_names: () where the dataset does not say.
+      channel_names: of the images.
       num_labels: background and ignored label included.
     """
-    num_channels = max(len(case.intensities) for case in measures)
     return DatasetFacts(
         spacings_mm=[case.spacing_mm for case in measures],
         shapes=[case.cropped_shape for case in measures],
-        channel_names=channel_names or ("unknown",) * num_channels,
+        channel_names=channel_names,
         num_labels=num_labels,
         num_training=len(measures),
         relative_size=float(np.median([case.relative_size for case in measures])),
@@ -112,7 +113,7 @@ def configurations_of(
     """The configurations that a preset has for a dataset, by name.
 
     "2d" always; "3d_fullres" unless cases are one slice; "3d_lowres" where a patch shows little of
-    a case at full resolution.
+    a case at full resolution, and the spacing is not the user's.
 
     Args:
       facts: of the training cases.
@@ -121,14 +122,14 @@ def configurations_of(
       wishes: of the user.
     """
     preset = PRESETS[preset_name]
-    target = target_of(facts.spacings_mm, facts.shapes, wishes.spacing_mm)
+    target = target_of(facts.spacings_mm, facts.shapes, wishes.spacing_mm, wishes.axes)
     size = math.prod(target.median_shape)
     plan = functools.partial(_planned, facts, preset, gib, target, wishes)
     made: dict[str, Configuration] = {}
     if target.median_shape[-1] != 1:
         full = plan(target.spacing_mm, target.median_shape, size)
         low = _low_resolution(plan, full)
-        if low:
+        if low and not wishes.spacing_mm:
             made["3d_lowres"] = low
         made["3d_fullres"] = dataclasses.replace(full, batch_dice=bool(low))
     flat = plan(target.spacing_mm[:2], target.median_shape[:2], size)
@@ -174,6 +175,7 @@ def _configuration(
         normalisation=schemes,
         inside_mask=masked_normalisation(schemes, facts.relative_size),
         activations=batch.activations,
+        batch_limit=batch.limit,
     )
 
 

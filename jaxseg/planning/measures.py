@@ -58,6 +58,7 @@ class CaseMeasures:
       cropped_shape: [3] voxels of the box around all that is not 0 in every channel.
       intensities: for each channel, of the foreground; () without label.
       structures: for each class from 1 on; () without label.
+      background: voxels of class 0; 0 without label.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +66,7 @@ class CaseMeasures:
     cropped_shape: tuple[int, ...]
     intensities: tuple[Intensities, ...] = ()
     structures: tuple[Structure, ...] = ()
+    background: int = 0
 
     @property
     def relative_size(self) -> float:
@@ -86,6 +88,7 @@ class CaseMeasures:
                 Structure(**(of | {"extent_mm": tuple(of["extent_mm"])}))
                 for of in fields["structures"]
             ),
+            background=fields["background"],
         )
 
 
@@ -121,6 +124,7 @@ def measure_case(
         cropped_shape=tuple(span.stop - span.start for span in geometry.nonzero_box(image)),
         intensities=intensities,
         structures=structures,
+        background=0 if label is None else int((label == 0).sum()),
     )
 
 
@@ -158,7 +162,9 @@ def to_json(cases: Mapping[str, CaseMeasures], channel_names: Sequence[str]) -> 
     summary = {
         "num_cases": len(every),
         "median_relative_size": float(np.median([case.relative_size for case in every])),
-        "intensities": {name: pooled(every, channel) for channel, name in enumerate(channel_names)},
+        "intensities": [  # two channels may have one name
+            {"channel": name} | pooled(every, channel) for channel, name in enumerate(channel_names)
+        ],
         "cases": {case_id: dataclasses.asdict(case) for case_id, case in cases.items()},
     }
     return json.dumps(summary, indent=1)

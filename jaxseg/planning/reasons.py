@@ -1,11 +1,12 @@
 """Why a plan is as it is, a sentence for each decision."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxseg.planning.budget import PRESETS, REFERENCE_BATCH
+from jaxseg.planning.budget import PRESETS
 from jaxseg.planning.configurations import LOW_RESOLUTION_BELOW, Configuration, DatasetFacts
 from jaxseg.planning.normalisation import MOSTLY_BACKGROUND
 from jaxseg.planning.target import ANISOTROPY, target_of
@@ -15,15 +16,18 @@ _SCHEMES = {
     "ct": "clipped to the foreground's percentiles 0.5 and 99.5, then its mean and deviation: "
     "Hounsfield units mean the same in every scan",
     "zscore": "each scan by its own mean and deviation: units differ from scan to scan",
-    # What training does not know yet is said to be so.
-    "rescale_to_0_1": "each scan to [0, 1]; not yet, its z-score is taken",
-    "rgb_to_0_1": "8-bit colours to [0, 1]; not yet, the z-score is taken",
-    "none": "left as it is; not yet, the z-score is taken",
+    "rescale_to_0_1": "each scan from its smallest to its largest value",
+    "rgb_to_0_1": "8-bit colours to [0, 1]",
+    "none": "left as it is",
 }
 
 
 def reasons_of(
-    name: str, made: Configuration, facts: DatasetFacts, preset_name: str
+    name: str,
+    made: Configuration,
+    facts: DatasetFacts,
+    preset_name: str,
+    own: Mapping[str, Any],
 ) -> Iterator[tuple[str, str, str]]:
     """Yields (decision, value, reason) for a configuration.
 
@@ -32,42 +36,71 @@ def reasons_of(
       made: the configuration of that name.
       facts: that it was made from.
       preset_name: that it was made with.
+      own: what the user has set, by the full name of the field; obeyed, whatever was made.
     """
-    target = target_of(facts.spacings_mm, facts.shapes)
-    yield "spacing", f"{_by(made.spacing_mm)} mm", _why_spacing(name, made, target, facts)
-    yield "axes", "".join(_AXES[axis] for axis in made.axes), _why_axes(made)
+    for decision, field, value, why in _decisions(name, made, facts, preset_name, own):
+        if field in own and _suits(field, own[field], len(made.patch_size)):
+            yield decision, str(own[field]), "set by you"
+        else:
+            yield decision, value, why
+
+
+def _decisions(name, made, facts, preset_name, own):
+    """Yields (decision, field that would set it, value, reason) as planned."""
+    yield (
+        "spacing",
+        "preprocess.spacing_mm",
+        f"{_by(made.spacing_mm)} mm",
+        _why_spacing(name, made, facts),
+    )
+    axes = "".join(_AXES[axis] for axis in made.axes)
+    yield "axes", "preprocess.axes", axes, _why_axes(made)
     yield (
         "median case",
+        "",
         f"{_by(made.median_shape)} voxels",
         f"of {facts.num_training} training cases on that grid",
     )
-    shown = math.prod(made.patch_size) / math.prod(made.median_shape)
+    sizes = zip(made.patch_size, made.median_shape, strict=True)
+    shown = math.prod(min(seen / whole, 1) for seen, whole in sizes)
     yield (
         "patch",
+        "data.patch_size",
         f"{_by(made.patch_size)} voxels",
         f"the largest of equal sides in mm within the budget, {_percent(shown)} of the median case"
         if shown < 1
         else "shows the whole median case",
     )
-    yield "batch", str(made.batch_size), _why_batch(made, preset_name)
-    yield "strides", _stages(made.strides), "axes are halved together once their spacings are alike"
-    yield "kernels", _stages(made.kernels), _why_kernels(made)
+    yield "batch", "train.batch_size", str(made.batch_size), _why_batch(made, preset_name)
+    halved = "axes are halved together once their spacings are alike"
+    if own.get("model.features"):
+        halved += f", for the {len(own['model.features'])} resolutions you set at most"
+    yield "strides", "model.strides", _stages(made.strides), halved
+    yield "kernels", "model.kernel_sizes", _stages(made.kernels), _why_kernels(made)
     yield (
         "features",
+        "model.features",
         ", ".join(map(str, made.features)),
         "doubled with every halving, up to a bound",
     )
     dice = "the whole batch" if made.batch_dice else "each patch"
     seen = "slice" if name == "2d" else "patch"
     why = f"a {seen} shows {'little' if made.batch_dice else 'much'} of a case"
-    yield "dice", f"over {dice}", why
+    yield "dice", "loss.over_batch", f"over {dice}", why
     for channel, scheme, inside in zip(
         facts.channel_names, made.normalisation, made.inside_mask, strict=True
     ):
-        yield f"channel {channel}", scheme, _SCHEMES[scheme] + _why_mask(inside, facts)
+        why = _SCHEMES[scheme] + _why_mask(inside, facts)
+        yield f"channel {channel}", "preprocess.normalisation", scheme, why
 
 
-def _why_spacing(name, made, target, facts):
+def _suits(field, value, rank):
+    """Whether a configuration of slices (rank 2) or volumes (3) could have a value."""
+    return field != "data.patch_size" or len(value) == rank
+
+
+def _why_spacing(name, made, facts):
+    target = target_of(facts.spacings_mm, facts.shapes)
     if name == "3d_lowres":
         return (
             f"coarser until a patch shows {_percent(LOW_RESOLUTION_BELOW)} of a case, which has "
@@ -89,13 +122,13 @@ def _why_axes(made):
 
 
 def _why_batch(made, preset_name):
-    preset, rank = PRESETS[preset_name], len(made.patch_size)
-    fitting = round(preset.reference[rank] / made.activations * REFERENCE_BATCH[rank])
-    if made.batch_size < fitting:
-        return f"more than {_percent(preset.most_of_dataset)} of all voxels in a step teach little"
-    return (
-        f"fills the budget of {preset_name}: {made.activations / 1e6:.0f} million numbers a patch"
-    )
+    most = _percent(PRESETS[preset_name].most_of_dataset)
+    millions = f"{made.activations / 1e6:.3g}"
+    return {
+        "budget": f"fills the budget of {preset_name}: {millions} million numbers a patch",
+        "dataset": f"more than {most} of all voxels in a step teach little",
+        "fewest": "no step has fewer",
+    }[made.batch_limit]
 
 
 def _why_kernels(made):
@@ -103,14 +136,18 @@ def _why_kernels(made):
     if not flat:
         return "spacings are alike along all axes"
     ratio = max(made.spacing_mm) / min(made.spacing_mm)
-    return f"{ratio:.3g} x coarser across slices, so the first {flat} stage(s) look in plane alone"
+    coarse = [_AXES[axis] for axis, n in zip(made.axes, made.kernels[0], strict=False) if n == 1]
+    return (
+        f"{ratio:.3g} x coarser along {' and '.join(coarse)}, where the first {flat} stage(s) do "
+        "not look"
+    )
 
 
 def _why_mask(inside, facts):
     if not inside:
         return ""
     return (
-        "; inside the mask of what is not 0 (not yet: of the whole scan), since that is "
+        "; inside the mask of what is not 0, since that is "
         f"{_percent(facts.relative_size)} of a scan, less than {_percent(MOSTLY_BACKGROUND)}"
     )
 

@@ -16,13 +16,13 @@ class Target:
     """The grid of the network.
 
     Attributes:
-      axes: which axis of a case [X, Y, Z] comes where; the coarsest comes last.
+      axes: which axis of a case [X, Y, Z] comes where; the coarsest last, unless set otherwise.
       spacing_mm: [3], in that order.
       median_shape: [3] voxels of the median case on it, in that order.
       is_coarse: whether the last axis has the spacing of the finest tenth, not the median.
     """
 
-    axes: tuple[int, int, int]
+    axes: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     median_shape: tuple[float, ...]
     is_coarse: bool = False
@@ -32,6 +32,7 @@ def target_of(
     spacings_mm: Sequence[Sequence[float]],
     shapes: Sequence[Sequence[int]],
     wanted_mm: Sequence[float] = (),
+    wanted_axes: Sequence[int] = (),
 ) -> Target:
     """The grid for cases.
 
@@ -42,7 +43,8 @@ def target_of(
     Args:
       spacings_mm: [N, 3] of each case.
       shapes: [N, 3] voxels of each, cropped to what is not background.
-      wanted_mm: [3] spacing that the user wants; () for that of the rule.
+      wanted_mm: [3] spacing that the user wants, 0 for the median; () for that of the rule.
+      wanted_axes: [3] order that the user wants; () for that of the rule.
     """
     spacings, sizes = np.asarray(spacings_mm, np.float64), np.asarray(shapes)
     target = np.percentile(spacings, 50, axis=0)
@@ -54,7 +56,7 @@ def target_of(
         target[coarsest] > ANISOTROPY * most and ANISOTROPY * size[coarsest] < size[others].min()
     )
     if len(wanted_mm):
-        target, is_coarse = np.asarray(wanted_mm, np.float64), False
+        target, is_coarse = np.where(wanted_mm, wanted_mm, target), False
     elif is_coarse:
         found = float(np.percentile(spacings[:, coarsest], COARSE_PERCENTILE))
         target[coarsest] = found if found >= most else most + 1e-5
@@ -64,7 +66,7 @@ def target_of(
     # The coarsest may by now not be: nnU-Net orders by what became of it.
     last = 2 - int(np.argmax(target[::-1]))
     first, second = (axis for axis in range(3) if axis != last)
-    axes = first, second, last
+    axes = tuple(wanted_axes) or (first, second, last)
     return Target(
         axes=axes,
         spacing_mm=tuple(target[list(axes)].tolist()),

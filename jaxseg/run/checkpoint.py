@@ -25,6 +25,7 @@ from jaxseg.training.state import TrainState
 
 METRIC = "val_dice"
 ITEMS = ("state", "config", "plan", "data", "digest")
+NOTE = "_CHECKPOINT_METADATA"  # what Orbax writes into a step for itself
 DISCARDED = ".discarded"  # where a step goes in one move before its files are removed one by one
 
 
@@ -41,8 +42,29 @@ class _Manager(ocp.CheckpointManager):
             if found is not None:
                 _metric(found)
             return found
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, RecursionError, TypeError, ValueError):
             return None
+
+
+def _opened(directory: str | Path, **options: Any) -> _Manager:
+    """The manager of a folder; raises CheckpointProblem where Orbax trips over its own notes."""
+    try:
+        return _Manager(directory, **options)
+    except (RecursionError, ValueError) as error:
+        notes = sorted(Path(directory).glob(f"*/{NOTE}"))
+        damaged = [str(path) for path in notes if not _is_object(path)]
+        if not damaged:
+            raise
+        raise CheckpointProblem(
+            f"{', '.join(damaged)}: damaged; delete it, nothing in a checkpoint is lost with it"
+        ) from error
+
+
+def _is_object(path):
+    try:
+        return isinstance(_read_json(path), dict)
+    except ValueError:
+        return False
 
 
 def open_checkpoints(directory: str | Path, *, keep: int) -> ocp.CheckpointManager:
@@ -54,6 +76,8 @@ def open_checkpoints(directory: str | Path, *, keep: int) -> ocp.CheckpointManag
     Returns:
       An orbax CheckpointManager for `save`, `restore_latest`, `restore` and `close_checkpoints`. A
       checkpoint is written to a temporary name and renamed, so a half-written one is never seen.
+    Raises:
+      CheckpointProblem: they can not be opened.
     """
     options = ocp.CheckpointManagerOptions(
         best_fn=_metric,
@@ -68,7 +92,7 @@ def open_checkpoints(directory: str | Path, *, keep: int) -> ocp.CheckpointManag
         enable_async_checkpointing=False,
         todelete_subdir=DISCARDED,
     )
-    manager = _Manager(directory, options=options, item_names=ITEMS)
+    manager = _opened(directory, options=options, item_names=ITEMS)
     _remove_leftovers(manager)
     return manager
 
@@ -186,7 +210,7 @@ def load_variables(directory: str | Path, step: int | None = None) -> dict[str, 
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_metric)
     handlers = {name: ocp.JsonCheckpointHandler() for name in ITEMS if name != "state"}
     handlers["state"] = ocp.PyTreeCheckpointHandler()
-    with _Manager(directory, options=options, item_handlers=handlers) as manager:
+    with _opened(directory, options=options, item_handlers=handlers) as manager:
         if step is None:
             step = manager.best_step()
         if step is None:
@@ -216,6 +240,12 @@ def _restore_variables(manager, step):
     state = ocp.args.PyTreeRestore(tree, restore_args=as_arrays, partial_restore=True)
     with _orbax_is_silent():
         return manager.restore(step, args=ocp.args.Composite(state=state)).state
+
+
+def last_step(directory: str | Path) -> int:
+    """The step of the newest checkpoint in a folder, damaged or not; 0 where there is none."""
+    steps = [int(path.name) for path in Path(directory).glob("*") if path.name.isdecimal()]
+    return max(steps, default=0)
 
 
 def close_checkpoints(manager: ocp.CheckpointManager) -> None:
@@ -336,7 +366,7 @@ def _digest_of_texts(texts, metrics):
 def _read_json(path):
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxseg import config as config_lib
-from jaxseg.run import writers
+from jaxseg.run import readers, writers
 
 NAME = "identity.json"
 VERSIONS_OF = ("jaxseg", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "nibabel")
@@ -73,6 +73,7 @@ def record(workdir: str | Path, first_step: int, description: dict[str, Any]) ->
       first_step: number of updates done before.
       description: from `describe`.
     Raises:
+      FileProblem: what was recorded before is damaged.
       OSError: the file can not be written.
     """
     sessions = [s for s in read_sessions(workdir) if s["first_step"] < first_step]
@@ -81,12 +82,14 @@ def record(workdir: str | Path, first_step: int, description: dict[str, Any]) ->
 
 
 def read_sessions(workdir: str | Path) -> list[dict[str, Any]]:
-    """The sessions that were recorded, oldest first; none for a run without the file."""
-    path = os.path.join(workdir, NAME)
-    if not os.path.exists(path):
+    """The sessions that were recorded, oldest first; none for a run without the file.
+
+    Raises:
+      FileProblem: the file is damaged.
+    """
+    if not os.path.exists(os.path.join(workdir, NAME)):
         return []
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)["sessions"]
+    return readers.read_file(workdir, NAME, _sessions_in)
 
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -112,6 +115,15 @@ def source_revision() -> str | None:
         return revision + ("+changes" if _git(folder, "status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _sessions_in(text):
+    sessions = readers.json_object(text, ("sessions",))["sessions"]
+    for session in sessions:
+        if not isinstance(session["first_step"], int):
+            raise ValueError(f"a session begins at {session['first_step']!r}")
+        differences(session, {})
+    return sessions
 
 
 def _git(folder, *arguments):

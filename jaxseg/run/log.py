@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from jaxseg.run.readers import read_rows
 from jaxseg.run.writers import json_ready, naming, write_text
 
 LOG_NAME = "train.log"
 METRICS_NAME = "metrics.jsonl"
 TRACE_NAME = "trace.jsonl"
+# What is kept of a step, in the order in which one follows from the other.
+TRACED = ("batch", "loss", "grad_norm", "params")
 
 Item = TypeVar("Item")
 
@@ -28,7 +31,45 @@ def bar_over(items: Iterable[Item], title: str) -> Iterator[Item]:
     return iter(tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty()))
 
 
-class RunLog:
+class SilentLog:
+    """Says and writes nothing: of all processes of a run only the first speaks."""
+
+    def start_at(self, first_step: int) -> None:
+        pass
+
+    def text(self, line: str) -> None:
+        pass
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def trace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
+        return iter(items)
+
+    def close(self) -> None:
+        pass
+
+
+class TerminalLog(SilentLog):
+    """Says on the terminal what a RunLog says, and writes nothing."""
+
+    def text(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+
+    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
+        """Wraps an iterable: a bar on a terminal, and a line at the end."""
+        start = time.monotonic()
+        count = 0
+        for item in bar_over(items, title):
+            yield item
+            count += 1
+        self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
+
+
+class RunLog(TerminalLog):
     """Text and numbers of one run, appended to the files in its folder.
 
     Args:
@@ -52,12 +93,12 @@ class RunLog:
         Those of later steps, written before an interruption, are dropped: these steps are about to
         be done again.
         """
-        self._metrics = _open_rows(os.path.join(self._workdir, METRICS_NAME), first_step)
-        self._trace = _open_rows(os.path.join(self._workdir, TRACE_NAME), first_step)
+        self._metrics = _open_rows(self._workdir, METRICS_NAME, read_metrics, first_step)
+        self._trace = _open_rows(self._workdir, TRACE_NAME, read_trace, first_step)
 
     def text(self, line: str) -> None:
         """Shows a line on the terminal and appends it, with the time, to the log file."""
-        tqdm.write(line, file=sys.stdout)
+        super().text(line)
         self._append(self._text, LOG_NAME, [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"])
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
@@ -76,15 +117,6 @@ class RunLog:
         """Appends rows of `trace_row` to the trace file."""
         self._append(self._trace, TRACE_NAME, (json.dumps(row) + "\n" for row in rows))
 
-    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
-        """Wraps an iterable: a bar on a terminal, a line at the end in the log."""
-        start = time.monotonic()
-        count = 0
-        for item in bar_over(items, title):
-            yield item
-            count += 1
-        self.text(f"{title}: {count} cases in {time.monotonic() - start:.1f} s")
-
     def close(self) -> None:
         files = (self._text, self._metrics, self._trace, self._tensorboard)
         with naming(self._workdir), contextlib.ExitStack() as stack:
@@ -97,29 +129,7 @@ class RunLog:
             file.flush()
 
 
-class SilentLog:
-    """A RunLog that says and writes nothing: of all processes of a run only the first speaks."""
-
-    def start_at(self, first_step: int) -> None:
-        pass
-
-    def text(self, line: str) -> None:
-        pass
-
-    def scalars(self, step: int, values: dict[str, Any]) -> None:
-        pass
-
-    def trace(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        pass
-
-    def progress(self, items: Iterable[Item], title: str) -> Iterator[Item]:
-        return iter(items)
-
-    def close(self) -> None:
-        pass
-
-
-Log = RunLog | SilentLog
+Log = RunLog | TerminalLog | SilentLog
 
 
 class StepProgress:
@@ -161,13 +171,21 @@ class StepProgress:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut."""
-    return _read_rows(os.path.join(workdir, METRICS_NAME))
+    """Returns the rows of a run's metrics file as dicts, without a last line that a crash cut.
+
+    Raises:
+      FileProblem: the file is missing or damaged.
+    """
+    return read_rows(workdir, METRICS_NAME, _check_numbers)
 
 
 def read_trace(workdir: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's trace file as dicts, without a last line that a crash cut."""
-    return _read_rows(os.path.join(workdir, TRACE_NAME))
+    """Returns the rows of a run's trace file as dicts, without a last line that a crash cut.
+
+    Raises:
+      FileProblem: the file is missing or damaged.
+    """
+    return read_rows(workdir, TRACE_NAME, _check_traced)
 
 
 def trace_row(step: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -203,14 +221,21 @@ def without_lists(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if np.ndim(value) == 0}
 
 
-def _open_rows(path, first_step):
+def _check_traced(row):
+    for name in TRACED:
+        for text in row[name] if isinstance(row[name], list) else [row[name]]:
+            int(text, 16) if name in ("batch", "params") else float.fromhex(text)
+
+
+def _check_numbers(row):
+    for value in row.values():
+        np.asarray(value, np.float64)
+
+
+def _open_rows(workdir, name, read, first_step):
     """Opens a file of rows to append to, without those of later steps."""
+    path = os.path.join(workdir, name)
     if os.path.exists(path):
-        kept = [row for row in _read_rows(path) if row["step"] <= first_step]
+        kept = [row for row in read(workdir) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return open(path, "a", encoding="utf-8")
-
-
-def _read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -14,10 +14,11 @@ from jaxseg.data import images, labels, prepared, surveyed
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import find
 from jaxseg.data.layouts.wanted import Wanted
-from jaxseg.experiment import portable
+from jaxseg.experiment import gather, portable, replay, train
 from jaxseg.experiment.predictor import load_predictor
+from jaxseg.experiment.saved import saved_config
 from jaxseg.problem import Problem
-from jaxseg.run import checkpoint
+from jaxseg.run import checkpoint, identity, log
 
 NUM_TRIES = 500
 
@@ -78,6 +79,13 @@ def files(tmp_path, finished_run, monkeypatch):
             (tmp_path / "run" / path.name).write_bytes(path.read_bytes())
     for name in ("config.json", "plan.json", "data.json", "predictor.json"):
         found[tmp_path / "run" / name] = lambda path: load_predictor([str(path.parent)])
+    for name, read in (
+        ("identity.json", identity.read_sessions),
+        ("metrics.jsonl", log.read_metrics),
+        ("trace.jsonl", log.read_trace),
+    ):
+        shutil.copy(run / name, tmp_path / "run")
+        found[tmp_path / "run" / name] = lambda path, read=read: read(path.parent)
     (step,) = (run / "checkpoints").glob("[0-9]*")
     checkpoints = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     saved = checkpoints / step.name
@@ -136,3 +144,83 @@ def test_every_outcome_is_right_or_a_named_refusal(files, tmp_path):
             assert error.filename or str(path.name) in str(error), error
         finally:
             path.write_bytes(content)
+
+
+# What a file of text can have become as a whole.
+BECOME = {
+    "nothing": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2] + b"\n",
+    "a list": lambda content: b"[]\n",
+    "an object": lambda content: b"{}\n",
+    "null": lambda content: b"null\n",
+    "a number": lambda content: b"1" * 5000 + b"\n",
+    "noise": lambda content: bytes(range(256)),
+    "nested": lambda content: b'{"a":' * 100_000 + b"\n",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("damage", BECOME)
+def test_what_is_kept_of_data_and_is_no_more_is_made_again(finished_run, tmp_path, damage):
+    for path, check in cached(finished_run[1], tmp_path).items():
+        path.write_bytes(BECOME[damage](path.read_bytes()))
+        check(path)
+
+
+# By command what it reads of a run.
+READ = {
+    "predict": {"config.json", "plan.json", "data.json", "predictor.json"},
+    "reproduce": {"config.json", "plan.json", "identity.json", "trace.jsonl"},
+    "train": {"config.json", "plan.json", "data.json", "identity.json", "metrics.jsonl"}
+    | {"trace.jsonl"},
+}
+
+
+class GoesOn(Exception):
+    """The files of the run were taken as they are."""
+
+
+@pytest.fixture
+def commands(finished_run, tmp_path, monkeypatch):
+    """(folder of a copy of the run, by name functions that end where long work would begin)."""
+    run, folder = finished_run[0], tmp_path / "copy"
+    shutil.copytree(run, folder)
+    config = saved_config(run)
+    config.workdir = str(folder)
+    load_variables = checkpoint.load_variables
+    monkeypatch.setattr(checkpoint, "load_variables", functools.cache(load_variables))
+    found = gather.find_data(config, log.SilentLog())
+    data = gather.prepare_data(config, found, log.SilentLog())
+    monkeypatch.setattr(gather, "find_data", lambda *args: found)
+    monkeypatch.setattr(gather, "prepare_data", lambda *args: data)
+
+    def go_on(*args, **options):
+        raise GoesOn
+
+    monkeypatch.setattr(train, "create_run", go_on)
+    monkeypatch.setattr(replay, "replay", go_on)
+    return folder, {
+        "predict": lambda: go_on(load_predictor([str(folder)])),
+        "reproduce": lambda: replay.reproduce(str(folder), say=lambda line: None),
+        "train": lambda: train.train(config),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("damage", BECOME)
+def test_a_file_of_a_run_that_is_no_more_is_named_by_whoever_reads_it(commands, damage):
+    folder, functions = commands
+    refused = {name: set() for name in functions}
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl")):
+        content = path.read_bytes()
+        path.write_bytes(BECOME[damage](content))
+        for name, function in functions.items():
+            with pytest.raises((GoesOn, Problem)) as caught:
+                function()
+            if caught.type is not GoesOn:
+                assert str(path) in str(caught.value)
+                refused[name].add(path.name)
+        path.write_bytes(content)
+    no_rows = {"metrics.jsonl", "trace.jsonl"} if damage == "nothing" else set()
+    expected = READ | {"train": READ["train"] - no_rows}  # which a run may go on without
+    assert refused == expected

@@ -517,3 +517,32 @@ def test_each_channel_can_have_a_scheme_of_its_own(tmp_path):
     assert plan_of([case], ("noNorm", "rgb_to_0_1")).normalisation == ("none", "rgb_to_0_1")
     with pytest.raises(DatasetProblems, match="names 3 schemes, images have 2 channels"):
         plan_of([case], ("CT", "x"), normalisation="none,ct,ct")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("spacing_mm", (1, 1)),
+        ("spacing_mm", (1, 1, -1)),
+        ("spacing_mm", (1, 1, np.nan)),
+        ("normalisation", ("zscore", "no")),
+        ("normalisation", ()),
+        ("intensity", ((), ())),
+        ("intensity", ((0.0, 1.0, 0.0),)),
+        ("image_order", 2),
+        ("label_order", "1"),
+        ("axes", (0, 1, 1)),
+        ("axes", (0, True, 2)),
+        ("spacing_from", "header"),
+        ("keep_thin", "yes"),
+        ("typical", {"weight_kg/x": {"min": 0, "max": 1, "low": 0, "high": 1}}),
+        ("typical", {"spacing_mm/x": {"min": 0, "max": 1}}),
+        ("typical", [1]),
+    ],
+)
+def test_a_plan_that_none_can_be_is_not_read(name, value):
+    plan = make_plan_of((1, 1, 1))
+    assert Plan.from_json(plan.to_json()) == plan
+    fields = json.loads(plan.to_json()) | {name: value}
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
+        Plan.from_json(json.dumps(fields))

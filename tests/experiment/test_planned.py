@@ -3,12 +3,16 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jaxseg import config as config_lib
-from jaxseg import config_planned
+from jaxseg import config_planned, plan
 from jaxseg.config import ConfigProblems, base_config, flatten
 from jaxseg.config_checks import validate
 from jaxseg.config_planned import PLANNED, decided, undecided
@@ -54,6 +58,8 @@ def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
     assert complete.model.strides == ((2, 2, 1), (2, 2, 2))
     assert complete.model.features == (16, 32, 64)
     assert complete.augment.flip.axes == (0, 1, 2)
+    assert (complete.preprocess.crop, complete.preprocess.image_order) == (True, 3)
+    assert complete.preprocess.normalisation == "zscore"
     assert config_lib.to_json(config_lib.from_json(config_lib.to_json(complete)))
     text = "\n".join(lines)
     assert "compact 3d_fullres" in text and "20 x 20 x 8 voxels" in text
@@ -67,6 +73,25 @@ def test_what_is_set_is_obeyed_and_the_rest_follows_it(boxes, tmp_path):
     assert complete.model.strides == ((2, 2), (2, 2))
     assert complete.preprocess.axes == (0, 1, 2)
     assert "set by you: data.patch_size (16, 16), train.batch_size 3" in lines[-1]
+    assert "  patch: (16, 16) (set by you)" in lines and "  batch: 3 (set by you)" in lines
+    assert sum("(set by you)" in line for line in lines) == 2
+
+
+def test_axes_that_are_set_are_planned_for(boxes, tmp_path):
+    changes = {"preprocess.axes": (2, 0, 1), "preprocess.normalisation": "ct"}
+    complete, lines = resolve(open_config(boxes, tmp_path, **changes))
+    # 8 voxels of 2 mm come first now, and are halved last.
+    assert complete.data.patch_size == (8, 20, 20)
+    assert complete.model.strides == ((1, 2, 2), (2, 2, 2))
+    assert complete.preprocess.spacing_mm == (1.0, 1.0, 2.0)  # of x, y, z as ever
+    assert "  channel MRI: ct (set by you)" in lines
+
+
+def test_a_patch_that_the_configuration_can_not_have_is_refused(boxes, tmp_path):
+    changes = {"plan.configuration": "2d", "data.patch_size": (16, 16, 8)}
+    with pytest.raises(ConfigProblems, match=r"'2d' needs 2 entries in data\.patch_size: \(16, "):
+        validate(open_config(boxes, tmp_path, **changes))
+    validate(open_config(boxes, tmp_path, **changes | {"data.patch_size": (16, 16)}))
 
 
 def test_sides_that_are_classes_are_not_exchanged(make_msd_folder, tmp_path):
@@ -129,6 +154,7 @@ def test_the_text_and_the_file_of_a_plan(boxes, tmp_path):
         preset="nnunet",
         settings=(f"data.cache_dir={tmp_path}/cache", "train.batch_size=5"),
         output=str(output),
+        log=run_log.SilentLog(),
     )
     for words in (
         "20 x 18 x 8",
@@ -163,13 +189,64 @@ def test_a_file_that_holds_no_plan_is_refused(boxes, tmp_path, content):
 
 def test_settings_that_can_not_be_used_are_all_told(boxes):
     with pytest.raises(ConfigProblems, match="2 problem") as caught:
-        plan_folder.plan_folder(str(boxes), settings=("data.knd=images", "seed"))
+        plan_folder.plan_folder(
+            str(boxes), settings=("data.knd=images", "seed"), log=run_log.SilentLog()
+        )
     assert "--set=data.knd=images" in str(caught.value) and "--set=seed" in str(caught.value)
+
+
+def test_channels_without_a_name_have_their_number_everywhere(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        colours = rng.integers(0, 9, (24, 20, 3)) + 9 * np.arange(3)
+        for folder, values in (("images", colours), ("masks", 255 * np.eye(24, 20))):
+            path = tmp_path / "data" / folder / f"p{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(path)
+    config = open_config(tmp_path / "data", tmp_path)
+    found = find_data(config, run_log.SilentLog())
+    _, lines = planned.resolved(config, found)
+    names = [line.split(":")[0].strip() for line in lines if line.startswith("  channel")]
+    assert names == ["channel 0", "channel 1", "channel 2"]
+    fingerprint = json.loads(planned.fingerprint_json(found))
+    assert [of["channel"] for of in fingerprint["intensities"]] == ["0", "1", "2"]
+    assert len({of["mean"] for of in fingerprint["intensities"]}) == 3
+    text = plan_folder.plan_folder(
+        str(tmp_path / "data"),
+        settings=(f"data.cache_dir={tmp_path}/cache",),
+        log=run_log.SilentLog(),
+    )
+    for number in range(3):
+        assert re.search(rf"^  {number} +\d", text, re.M)  # of the table of intensities
+        assert re.search(rf"^  channel {number} +zscore", text, re.M)
+
+
+def test_the_command_says_what_training_says_of_the_data(
+    make_msd_folder, tmp_path, monkeypatch, capsys
+):
+    data = make_msd_folder(num_cases=6)
+    shutil.copy(data / "imagesTr/case_00.nii.gz", data / "imagesTr/case_01.nii.gz")
+    shutil.copy(data / "imagesTr/case_00.nii.gz", data / "imagesTr/unlisted.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    said = []
+    for _ in range(2):
+        plan.main(["plan", f"--dir={data}", f"--set=data.cache_dir={tmp_path}/cache"])
+        said.append(capsys.readouterr().out)
+    for text in said:
+        assert re.search(r"^note: .*unlisted\.nii\.gz", text, re.M)
+        assert "are there more than once, those cases count as one subject: case_00" in text
+        assert text.count("6 labelled cases") == 1
+    assert re.search(r"^verifying: 6 cases in .* s$", said[0], re.M) and "verifying" not in said[1]
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}  # and no log of a run
 
 
 def test_a_configuration_that_the_data_do_not_have_is_refused(boxes, tmp_path):
     config = open_config(boxes, tmp_path, **{"plan.configuration": "3d_lowres"})
     with pytest.raises(ConfigProblems, match=r"'3d_lowres', but compact has .* 3d_fullres, 2d"):
+        resolve(config)
+    config.preprocess.spacing_mm = (1.0, 1.0, 2.0)
+    with pytest.raises(ConfigProblems, match=r"its? has a spacing of its own"):
         resolve(config)
     complete, _ = resolve(open_config(boxes, tmp_path, **{"plan.configuration": "2d"}))
     assert len(complete.data.patch_size) == 2

@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.labels import read_label
 from jaxseg.experiment import predictor
 from jaxseg.experiment.predictor import PredictorProblem, load_predictor
+from jaxseg.problem import FileProblem, Problem
 
 
 def test_predicts_what_training_evaluated(finished_run):
@@ -44,9 +46,14 @@ def test_probabilities_are_at_the_temperature_that_validation_chose(finished_run
 def copy_with(run, folder, name, **changes):
     """A copy of a run with fields of one of its JSON files changed."""
     shutil.copytree(run, folder)
-    content = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(content | changes))
+    change_in(folder / name, **changes)
     return str(folder)
+
+
+def change_in(path, *sections, **changes):
+    content = json.loads(path.read_text())
+    functools.reduce(dict.get, sections, content).update(changes)
+    path.write_text(json.dumps(content))
 
 
 def test_a_run_and_its_copy_agree_as_an_ensemble(finished_run, tmp_path):
@@ -117,12 +124,17 @@ def test_an_image_unlike_the_training_set_is_flagged_with_the_reason(finished_ru
             ),
             "exec",
         ),
+        (
+            lambda run: change_in(run / "config.json", "model", features=[8, 24]),
+            r"another network than that whose .*\(3, 3, 8, 24\), not \(3, 3, 8, 16\).*copies",
+        ),
+        (lambda run: change_in(run / "data.json", num_channels=2), "plan.json is of images with 1"),
     ],
 )
 def test_an_unusable_run_is_named(finished_run, tmp_path, change, words):
     shutil.copytree(finished_run[0], tmp_path / "run")
     change(tmp_path / "run")
-    with pytest.raises(PredictorProblem, match=words) as caught:
+    with pytest.raises(Problem, match=words) as caught:
         load_predictor([str(tmp_path / "run")])
     assert str(tmp_path / "run") in str(caught.value)
 
@@ -131,7 +143,7 @@ def test_a_file_is_brought_back_from_where_the_message_says(finished_run, tmp_pa
     for name in ("config", "plan", "data"):
         run = shutil.copytree(finished_run[0], tmp_path / name)
         (run / f"{name}.json").write_text("")
-        with pytest.raises(PredictorProblem) as caught:
+        with pytest.raises(FileProblem) as caught:
             load_predictor([str(run)])
         (copy,) = re.findall(r"; (\S+) is a copy, put it there", str(caught.value))
         shutil.copy(copy, run / f"{name}.json")

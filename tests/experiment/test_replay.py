@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import types
 
 import numpy as np
@@ -9,9 +10,18 @@ import pytest
 
 from jaxseg import reproduce
 from jaxseg.config import base_config, to_json
+from jaxseg.data.preprocess import Plan
 from jaxseg.experiment import gather, replay
 from jaxseg.run import identity
 from jaxseg.run import log as run_log
+
+PLAN = Plan(
+    spacing_mm=(1.0, 1.0, 1.0),
+    normalisation=("zscore",),
+    intensity=((),),
+    image_order=1,
+    label_order=1,
+)
 
 
 def metrics_of(step, num_members=None):
@@ -32,6 +42,7 @@ def make_run(tmp_path):
     def make_run(num_steps=6, num_members=None):
         config_json = to_json(base_config())
         (tmp_path / "config.json").write_text(config_json)
+        (tmp_path / "plan.json").write_text(PLAN.to_json())
         identity.record(tmp_path, 0, identity.describe(config_json, "f" * 64))
         with contextlib.closing(run_log.RunLog(str(tmp_path))) as log:
             log.start_at(0)
@@ -154,6 +165,32 @@ def test_what_has_changed_since_is_shown_first(make_run, replay_as, capsys):
     assert status == 0 and lines[-1] == "all 6 steps agree to the bit"
     assert [line.partition(" -> now: ")[0] for line in lines[:-1]] == ["the run from step 5 on"] * 2
     assert "num_devices: 512 -> " in lines[0] and "versions.jax: '0.0.1' -> " in lines[1]
+
+
+def test_a_trace_that_ends_before_the_run_is_refused_unless_its_length_is_asked_for(
+    make_run, replay_as, capsys, tmp_path
+):
+    workdir, calls = make_run(num_steps=12), replay_as()
+    trace = tmp_path / "trace.jsonl"
+    (tmp_path / "checkpoints" / "9").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "12").mkdir()
+    whole = trace.read_bytes()
+    assert run(f"--workdir={workdir}", capsys=capsys)[0] == 0
+    calls.clear()
+    trace.write_bytes(whole[: len(whole) // 2])  # in the middle of the 7th
+    words = f"{trace}: ends at step 6, but the run has come to step 12; bring back a copy, or "
+    status, output, errors = run(f"--workdir={workdir}", capsys=capsys)
+    assert status == 2 and output == "" and words in errors and calls == []
+    status, output, _ = run(f"--workdir={workdir}", "--num_steps=6", capsys=capsys)
+    assert (status, output) == (0, "all 6 steps agree to the bit\n")
+
+    # Of a run without its checkpoints it is known how far it came once it is finished.
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert run(f"--workdir={workdir}", capsys=capsys)[0] == 0
+    (tmp_path / "predictor.json").write_text("{}")
+    num_steps = base_config().train.num_steps
+    status, _, errors = run(f"--workdir={workdir}", capsys=capsys)
+    assert status == 2 and f"the run has come to step {num_steps}" in errors
 
 
 def test_what_can_not_be_replayed_is_one_message(make_run, replay_as, capsys, tmp_path):

@@ -25,6 +25,7 @@ def test_a_case_by_hand():
     assert case.cropped_shape == (11, 7, 5)
     assert case.relative_size == 11 * 7 * 5 / 720
     one, two, three = case.structures
+    assert case.background == 720 - 16 - 3
     assert (one.voxels, one.components, one.extent_mm) == (16, 1, (4.0, 8.0, 12.0))
     assert (two.voxels, two.components, two.extent_mm) == (0, 0, (0.0, 0.0, 0.0))
     assert (three.voxels, three.components, three.extent_mm) == (3, 1, (3.0, 2.0, 3.0))
@@ -41,20 +42,22 @@ def test_values_that_no_class_has_are_no_foreground():
     label[label == 3] = 255
     case = measures.measure_case(image, label, (1, 1, 1), num_classes=3)
     assert case.intensities[0].count == 16 and len(case.structures) == 2
+    assert case.background == 720 - 16 - 3
 
 
 def test_a_case_without_label_and_an_image_of_zeros():
     case = measures.measure_case(np.zeros((4, 5, 6, 1), np.float32), None, (1, 1, 1), 3)
     assert case.cropped_shape == (4, 5, 6) and case.relative_size == 1
-    assert case.intensities == case.structures == ()
+    assert case.intensities == case.structures == () and case.background == 0
 
 
 def test_through_json_and_back():
     image, label = make_case()
     case = measures.measure_case(image, label, (1, 1, 1), num_classes=4)
-    read = json.loads(measures.to_json({"a": case}, ["x", "y"]))
+    read = json.loads(measures.to_json({"a": case}, ["x", "x"]))
     assert measures.CaseMeasures.from_dict(read["cases"]["a"]) == case
-    assert read["num_cases"] == 1 and read["intensities"]["y"]["mean"] == 10
+    assert read["num_cases"] == 1 and [of["channel"] for of in read["intensities"]] == ["x", "x"]
+    assert [of["mean"] for of in read["intensities"]] == [5, 10]
     with pytest.raises(KeyError):
         measures.CaseMeasures.from_dict({"shape": (1, 2, 3)})
 

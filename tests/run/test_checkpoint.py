@@ -167,7 +167,9 @@ DAMAGES = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
     "missing": os.remove,
     "flipped": lambda path: flip_bit(path, path.stat().st_size // 2),
+    "foreign": lambda path: path.write_bytes(NESTED),
 }
+NESTED = b"[" * 100_000  # deeper than Python reads
 # Files that Orbax writes and nothing reads; without the last it guesses right.
 UNREAD = ("commit_success.txt", "_sharding", "_CHECKPOINT_METADATA")
 
@@ -225,6 +227,8 @@ def test_whatever_file_is_damaged_the_state_is_right_or_that_of_the_checkpoint_b
     for number, name in enumerate(sorted(files)):
         if damage == "flipped" and name.parent.name == "array_metadatas":
             continue  # found as well, but by Orbax, which prints tracebacks from its threads
+        if damage == "foreign" and name.name == checkpoint.NOTE:
+            continue  # refused, see below
         folder = shutil.copytree(two_steps, tmp_path / str(number) / "checkpoints")
         DAMAGES[damage](folder / name)
         step, steps, lines = restore_latest(folder)
@@ -240,6 +244,17 @@ def test_whatever_file_is_damaged_the_state_is_right_or_that_of_the_checkpoint_b
     found = {name.relative_to("5").as_posix() for name in fell_back}
     assert all(any(one.startswith(name) for one in found) for name in needed)
     assert not any(name.name in UNREAD for name in fell_back)
+
+
+@pytest.mark.parametrize("content", [NESTED, b"[]", b"1"])
+def test_a_note_that_orbax_trips_over_is_named_and_the_mend_is_right(copied, content):
+    note = copied / "5" / checkpoint.NOTE
+    note.write_bytes(content)
+    for read in (restore_latest, lambda folder: checkpoint.load_variables(str(folder), 5)):
+        with pytest.raises(checkpoint.CheckpointProblem, match=rf"^{note}: damaged; delete it"):
+            read(copied)
+    note.unlink()
+    assert restore_latest(copied) == (5, [3, 5], [])
 
 
 def test_one_wrong_bit_in_the_numbers_is_found(two_steps, tmp_path):

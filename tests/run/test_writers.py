@@ -147,7 +147,7 @@ def test_the_trace_is_appended_at_once_and_goes_on_where_the_run_does(open_log, 
 
 def test_a_silent_log_has_what_a_log_has_and_says_nothing(tmp_path, capsys, monkeypatch):
     def public(cls):
-        return {name for name in vars(cls) if not name.startswith("_")}
+        return {name for name in dir(cls) if not name.startswith("_")}
 
     assert public(SilentLog) == public(RunLog)
     monkeypatch.chdir(tmp_path)
