@@ -7,7 +7,6 @@ compiled program serves every volume that fits its arrays.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -201,9 +200,7 @@ class _Axis:
         capacity: int,
     ):
         self.size, self.window = size, window
-        self.neighbours = functools.partial(
-            neighbours, size=size, source_size=source_size, coarse=coarse
-        )
+        self.neighbours = lambda source: neighbours(source, size, source_size, coarse)
         num = 1 + -(-max(capacity - window, 0) // step)
         self.starts, self.num_tiles = tile_starts(size, window, step, num)
         self.weights = tile_weights(self.starts, self.num_tiles, window)
