@@ -136,6 +136,7 @@ def open_store(root, cache_dir):
         cache_dir=cache_dir,
         spacing_mm=(),
         normalisation="auto",
+        crop=False,
         image_order=1,
         label_order=1,
     )

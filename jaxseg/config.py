@@ -42,6 +42,8 @@ FIELDS: dict[str, Any] = {
         "spacing_from": "pixdim",  # where a header contradicts itself: pixdim (as ITK) or sform
         "patch_size": (128, 128),  # voxels; two numbers train on slices, three on volumes
         "foreground_fraction": 0.33,  # of the patches that are drawn around a foreground voxel
+        # These are the last of every batch, whose number is rounded, and not as the dice fall.
+        "foreground_by_place": False,
     },
     # How fields that are None are decided, see configs/auto.py.
     "plan": {
@@ -89,10 +91,11 @@ FIELDS: dict[str, Any] = {
         },
         "flip": {"prob": 0.5, "axes": (0, 1)},  # none where left and right are classes
         "noise": {"prob": 0.1, "range_variance": (0.0, 0.1)},
-        "blur": {"prob": 0.2, "range_sigma_voxels": (0.5, 1.0)},
+        # channel_prob: of each channel by itself, once it is drawn; 0 draws one for all channels.
+        "blur": {"prob": 0.2, "channel_prob": 0.0, "range_sigma_voxels": (0.5, 1.0)},
         "brightness": {"prob": 0.15, "range": (0.75, 1.25)},
         "contrast": {"prob": 0.15, "range": (0.75, 1.25)},
-        "low_resolution": {"prob": 0.25, "range_zoom": (0.5, 1.0)},
+        "low_resolution": {"prob": 0.25, "channel_prob": 0.0, "range_zoom": (0.5, 1.0)},
         "gamma": {"prob": 0.3, "range": (0.7, 1.5)},
         "inverted_gamma": {"prob": 0.1, "range": (0.7, 1.5)},
     },

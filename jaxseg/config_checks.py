@@ -81,7 +81,7 @@ def _kind_problems(name, value):
     is_range = name.rpartition(".")[2].startswith("range")
     if name in ("data.patch_size", "model.features") and any(isinstance(v, float) for v in value):
         problems.append(f"{name} must hold whole numbers, not {value!r}")
-    is_probability = not is_range and name.endswith((".prob", "_fraction", ".dropout", ".momentum"))
+    is_probability = not is_range and name.endswith(("prob", "_fraction", ".dropout", ".momentum"))
     if is_probability and not (_is_number(value) and 0 <= value <= 1):
         problems.append(f"{name} must lie in [0, 1], not {value!r}")
     if name in ("model.dropout", "optim.momentum") and value == 1:

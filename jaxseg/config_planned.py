@@ -12,6 +12,7 @@ from jaxseg.config import base_config, flatten
 # What a plan may decide; of these a config leaves open what it likes.
 PLANNED = (
     "data.patch_size",
+    "data.foreground_by_place",
     "preprocess.spacing_mm",
     "preprocess.axes",
     "preprocess.crop",
@@ -21,6 +22,8 @@ PLANNED = (
     "augment.rotation.in_plane",
     "augment.scaling.in_plane",
     "augment.flip.axes",
+    "augment.blur.channel_prob",
+    "augment.low_resolution.channel_prob",
     "model.encoder",
     "model.features",
     "model.num_convs",
@@ -29,6 +32,9 @@ PLANNED = (
     "model.strides",
     "model.deep_supervision",
     "loss.over_batch",
+    "optim.name",
+    "optim.learning_rate",
+    "optim.weight_decay",
     "train.batch_size",
 )
 
@@ -40,7 +46,7 @@ def open_config() -> ConfigDict:
     for name in PLANNED:
         section, _, field = name.rpartition(".")
         inner = functools.reduce(getattr, section.split("."), config)
-        inner[field] = config_dict.placeholder(type(inner[field]))
+        inner[field] = config_dict.placeholder(inner.get_type(field))
     return config
 
 

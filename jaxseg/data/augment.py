@@ -4,9 +4,8 @@ A patch is cut from the centre of a larger region. Every spatial transform maps 
 coordinates to another, and the region is sampled once, at the end; every intensity transform then
 maps one image to another. The same code serves 2D and 3D: the rank of the patch decides.
 
-The transforms and their order are those of nnU-Net v2 (Isensee et al. 2021), but blur and low
-resolution are drawn once per image instead of once per channel, factors are uniform in their range,
-the noise range is one of variances, and displacements are cubic B-splines.
+The transforms and their order are those of nnU-Net v2 (Isensee et al. 2021), but factors are
+uniform in their range, the noise range is one of variances, and displacements are cubic B-splines.
 """
 
 import itertools
@@ -177,7 +176,8 @@ def translate(grid: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     return grid - _uniform(seed, [rank], options["range_fraction"]) * np.array(patch, np.float32)
 
 
-# Intensity transforms: (image, seed, options) -> image, [*P, C] float32.
+# Intensity transforms: (image, seed, options) -> image, [*P, C] float32. With a `channel_prob` each
+# channel is drawn by itself, with that probability.
 
 
 def add_noise(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
@@ -189,6 +189,10 @@ def add_noise(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
 
 def blur(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Gaussian blur with, for each axis, a standard deviation from `range_sigma_voxels`."""
+    return _by_channel(_blur, image, seed, options)
+
+
+def _blur(image, seed, options):
     *patch, _ = image.shape
     sigmas = tf.unstack(_uniform(seed, [len(patch)], options["range_sigma_voxels"]))
     for axis, (length, sigma) in enumerate(zip(patch, sigmas, strict=True)):
@@ -211,6 +215,10 @@ def scale_contrast(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Te
 
 def simulate_low_resolution(image: tf.Tensor, seed: tf.Tensor, options: Options) -> tf.Tensor:
     """Samples the image down by a zoom from `range_zoom`, and up to its size again."""
+    return _by_channel(_simulate_low_resolution, image, seed, options)
+
+
+def _simulate_low_resolution(image, seed, options):
     zoom = _uniform(seed, [], options["range_zoom"])
     for axis, length in enumerate(image.shape[:-1]):
         image = apply_along_axis(low_resolution_matrix(length, zoom), image, axis)
@@ -333,6 +341,18 @@ def _sometimes(transform, x, seed, number, options):
     decision_seed, transform_seed = tf.unstack(split(fold_in(seed, number)))
     drawn = tf.random.stateless_uniform([], decision_seed) < options["prob"]
     return tf.cond(drawn, lambda: transform(x, transform_seed, options), lambda: x)
+
+
+def _by_channel(transform, image, seed, options):
+    """All channels together, or each with a draw of its own."""
+    if not options["channel_prob"]:
+        return transform(image, seed, options)
+    alone = options | {"prob": options["channel_prob"]}
+    channels = [
+        _sometimes(transform, channel, seed, number, alone)
+        for number, channel in enumerate(tf.split(image, image.shape[-1], axis=-1))
+    ]
+    return tf.concat(channels, axis=-1)
 
 
 def _uniform(seed, shape, bounds):

@@ -22,6 +22,7 @@ def train_batches(
     num_channels: int,
     foreground_fraction: float,
     augment_params: Mapping[str, Options],
+    foreground_by_place: bool = False,
     margin: Sequence[int] = (),
     process_index: int = 0,
     process_count: int = 1,
@@ -43,6 +44,8 @@ def train_batches(
       num_channels: C of the images.
       foreground_fraction: probability that a patch is drawn around a foreground voxel.
       augment_params: as for `jaxseg.data.augment.augment`.
+      foreground_by_place: whether these patches are the last of every batch, as many as
+        `num_around_foreground` says, instead.
       margin: as for `sample_region`.
       process_index, process_count: which part of each batch.
     Returns:
@@ -57,11 +60,18 @@ def train_batches(
 
     failures: list[Exception] = []
 
+    def chance(example):
+        """How likely a patch is drawn around a foreground voxel."""
+        if not foreground_by_place:
+            return foreground_fraction
+        number = num_around_foreground(batch_size, foreground_fraction)
+        return float(example % batch_size >= batch_size - number)
+
     def fetch(example, case_index):
         rng = np.random.Generator(np.random.Philox(key=[seed, example]))
         try:
             case = store[case_ids[case_index]]
-            return sample_region(case, rng, region, patch_size, foreground_fraction, margin=margin)
+            return sample_region(case, rng, region, patch_size, chance(example), margin=margin)
         except Exception as error:
             failures.append(error)
             raise
@@ -93,6 +103,14 @@ def train_batches(
         .as_numpy_iterator()
     )
     return _raising(batches, failures)
+
+
+def num_around_foreground(batch_size: int, fraction: float) -> int:
+    """How many patches of a batch are drawn around a foreground voxel, as in nnU-Net v2.
+
+    Half a patch is rounded to the even number of those that are not: of two patches a third is one.
+    """
+    return batch_size - round(batch_size * (1 - fraction))
 
 
 def _raising(batches, failures):

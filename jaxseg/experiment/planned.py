@@ -134,7 +134,11 @@ def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
         "model.deep_supervision": len(made.features) > 3,
         "loss.over_batch": made.batch_dice,
         "train.batch_size": made.batch_size,
-        **recipe_of(made, left_right=left_right_of(dataset, made.axes) if sided else None),
+        **recipe_of(
+            made,
+            planned.preset,
+            left_right=left_right_of(dataset, made.axes) if sided else None,
+        ),
     }
 
 

@@ -167,6 +167,7 @@ def _member_batches(run, set_name, first_step, num_steps, augment_params):
                 patch_size=tuple(config.data.patch_size),
                 num_channels=run.data.num_channels,
                 foreground_fraction=config.data.foreground_fraction,
+                foreground_by_place=config.data.foreground_by_place,
                 augment_params=augment_params,
                 margin=run.recipe.margin,
                 process_index=jax.process_index(),

@@ -1,4 +1,4 @@
-"""How a configuration is trained: which turns, zooms and mirrorings its patches bear."""
+"""How a configuration is trained: what its patches bear, which are drawn, and by which steps."""
 
 from typing import Any
 
@@ -8,13 +8,25 @@ from jaxseg.planning.configurations import Configuration
 FLAT = 3.0
 # Slices that are so much longer than wide turn little.
 LONG = 1.5
+# Of networks that are trained for long, as nnU-Net's are, and of those that are not.
+_LONG_RUN = {
+    "optim.name": "sgd",
+    "optim.learning_rate": 1e-2,
+    "optim.weight_decay": 3e-5,
+}
+_SHORT_RUN = {
+    "optim.name": "adamw",
+    "optim.learning_rate": 2e-3,
+    "optim.weight_decay": 1e-2,
+}
 
 
-def recipe_of(made: Configuration, *, left_right: int | None) -> dict[str, Any]:
+def recipe_of(made: Configuration, preset_name: str, *, left_right: int | None) -> dict[str, Any]:
     """Values of config fields, as in nnU-Net; but sides that are classes are never exchanged.
 
     Args:
       made: Configuration.
+      preset_name: that it was made with.
       left_right: axis of the patch along which left and right are classes of their own, or None.
     """
     patch = made.patch_size
@@ -28,4 +40,8 @@ def recipe_of(made: Configuration, *, left_right: int | None) -> dict[str, Any]:
         "augment.rotation.in_plane": flat,
         "augment.scaling.in_plane": flat,
         "augment.flip.axes": tuple(axis for axis in range(len(patch)) if axis != left_right),
+        "augment.blur.channel_prob": 0.5,
+        "augment.low_resolution.channel_prob": 0.5,
+        "data.foreground_by_place": True,
+        **(_SHORT_RUN if preset_name == "compact" else _LONG_RUN),
     }

@@ -14,10 +14,10 @@ OFF = {
     "rotation": {"prob": 0.0, "range_deg": (-180.0, 180.0), "in_plane": False},
     "translation": {"prob": 0.0, "range_fraction": (-0.1, 0.1)},
     "noise": {"prob": 0.0, "range_variance": (0.0, 0.1)},
-    "blur": {"prob": 0.0, "range_sigma_voxels": (0.5, 1.0)},
+    "blur": {"prob": 0.0, "channel_prob": 0.0, "range_sigma_voxels": (0.5, 1.0)},
     "brightness": {"prob": 0.0, "range": (0.75, 1.25)},
     "contrast": {"prob": 0.0, "range": (0.75, 1.25)},
-    "low_resolution": {"prob": 0.0, "range_zoom": (0.5, 1.0)},
+    "low_resolution": {"prob": 0.0, "channel_prob": 0.0, "range_zoom": (0.5, 1.0)},
     "gamma": {"prob": 0.0, "range": (0.7, 1.5)},
     "inverted_gamma": {"prob": 0.0, "range": (0.7, 1.5)},
 }
@@ -460,6 +460,30 @@ def test_blur_is_scipys_away_from_the_border(shape):
 def test_blur_keeps_a_constant_image_up_to_its_border():
     image = np.full((9, 9, 1), 5.0, np.float32)
     np.testing.assert_allclose(intensity(image, blur={}), image, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("blur", {"range_sigma_voxels": (0.8, 0.8)}),
+        ("low_resolution", {"range_zoom": (0.5, 0.5)}),
+    ],
+)
+def test_each_channel_can_be_drawn_by_itself(name, options):
+    image, *_ = example((12, 10), channels=40)
+    both = intensity(image, **{name: options})
+    changed = []
+    for seed in range(20):
+        alone = intensity(image, (seed, 5), **{name: options | {"channel_prob": 0.5}})
+        is_changed = (alone != image).any((0, 1))
+        # The same strength for all, so that a channel is as it was or as if all were drawn.
+        np.testing.assert_allclose(alone, np.where(is_changed, both, image), atol=1e-6)
+        changed.append(is_changed)
+    share = np.mean(changed)
+    assert 0.4 < share < 0.6  # 800 draws: standard error 0.018
+    assert (np.std(changed, 0) > 0).all() and (np.std(changed, 1) > 0).all()
+    always = intensity(image, **{name: options | {"channel_prob": 1.0}})
+    np.testing.assert_allclose(always, both, atol=1e-6)
 
 
 def test_brightness_multiplies_each_channel_by_a_factor_of_its_own():

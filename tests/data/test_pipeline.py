@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from jaxseg.config import base_config
-from jaxseg.data import blocked_arrays
+from jaxseg.data import blocked_arrays, pipeline
 from jaxseg.data.augment import region_size
 from jaxseg.data.builder import CaseStore, PreparedCase
 from jaxseg.data.layouts import decathlon
@@ -100,6 +100,30 @@ def test_a_batch_does_not_depend_on_the_step_one_starts_at(patch_size):
         assert batch["valid"].shape == (4, *patch_size) and batch["valid"].dtype == np.float32
     images = concatenated(every)["image"]
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "fraction", "expected"),
+    [(2, 0.33, 1), (3, 0.33, 1), (5, 0.33, 2), (12, 0.33, 4), (4, 0.0, 0), (4, 1.0, 4)],
+)
+def test_as_many_patches_show_foreground_as_in_nnunet(batch_size, fraction, expected):
+    # Those at places of at least round(batch_size * (1 - fraction)).
+    assert pipeline.num_around_foreground(batch_size, fraction) == expected
+
+
+def test_the_last_patches_of_a_batch_show_foreground():
+    label = np.zeros((40, 40, 1), np.uint8)
+    label[31, 7] = 1
+    store = {"a": make_case(label, np.zeros((*label.shape, 1)))}
+    options = {"foreground_by_place": True, "augment_params": OFF, "patch_size": (4, 4)}
+    shown = [batch["label"].any((1, 2)) for batch in batches(store, num_steps=9, **options)]
+    assert np.mean([places[2:] for places in shown]) == 1
+    assert np.mean([places[:2] for places in shown]) < 0.2
+    halves = [
+        batches(store, num_steps=9, process_index=i, process_count=2, **options) for i in range(2)
+    ]
+    joined = [concatenated(pair) for pair in zip(*halves, strict=True)]
+    assert_equal(joined, batches(store, num_steps=9, **options))
 
 
 def test_parts_of_two_processes_are_the_batch_of_one():

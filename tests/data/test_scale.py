@@ -16,7 +16,8 @@ from jaxseg.data import builder, parts, prepared
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.surveyed import survey_once
 
-OPTIONS = {"spacing_mm": (), "normalisation": "auto", "image_order": 1, "label_order": 1}
+OPTIONS = {"spacing_mm": (), "normalisation": "auto", "crop": False}
+OPTIONS |= {"image_order": 1, "label_order": 1}
 
 
 def prepare(dataset, cache_dir, **options):
