@@ -1,5 +1,6 @@
 """What a user can mend. Commands show such an error as one message, without a traceback."""
 
+import os
 from pathlib import Path
 
 
@@ -12,6 +13,11 @@ class Problem(Exception):
 
 class FileProblem(Problem, ValueError):
     """One file cannot be used; the message names it, says what is wrong and how to mend it."""
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path with signs of its name that are not UTF-8 replaced, which can not be written."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def file_problem(path: str | Path, wrong: str, mend: str) -> FileProblem:

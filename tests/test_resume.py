@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 
 from jaxseg.config import base_config
 from jaxseg.data import pipeline
-from jaxseg.experiment import setup, train
+from jaxseg.data.layouts import decathlon
+from jaxseg.experiment import resume, setup, train
 from jaxseg.run import checkpoint
 from jaxseg.run import log as run_log
 
@@ -257,3 +259,8 @@ def test_data_that_have_moved_are_the_same_data(trained, tmp_path):
         train.train(config)
     lines = str(caught.value).splitlines()
     assert lines[1:] == [f"  - case case_01: {image} has changed"]
+    saved = {"case_01": ["a"], "case_02": ["b", "c"]}
+    now = {"case_01": ["a", "d"], "case_02": ["b", "c"]}
+    data = types.SimpleNamespace(dataset=decathlon.find(config.data.dir))
+    [line] = resume._changed_files(saved, now, data)
+    assert line == "case case_01: has 2 file(s), had 1; was a label added?"

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from jaxseg.data.label_values import LabelCoding
-from jaxseg.problem import Problem
+from jaxseg.problem import Problem, printable
 
 # Of problems that end alike, so many are shown.
 _MAX_ALIKE = 5
@@ -56,6 +56,7 @@ class Dataset:
       unlabelled: The cases without a label.
       split_file: A file of splits that the folder has, relative to `root`; "" for none.
       notes: What its user should know of the folder.
+      excluded: ids of cases that its user leaves out.
       spacing_from: Which of two contradicting spacings is believed, see `formats.placement`.
     """
 
@@ -68,6 +69,7 @@ class Dataset:
     unlabelled: tuple[Case, ...] = ()
     split_file: str = ""
     notes: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     spacing_from: str = "pixdim"
 
     def channel_names(self, num_channels: int) -> tuple[str, ...]:
@@ -126,6 +128,7 @@ def whole_or_problems(dataset: Dataset, problems: Sequence[str]) -> Dataset:
     Raises:
       DatasetProblems: There are problems.
     """
+    problems = [*_name_problems(dataset), *problems]
     dataset = dataclasses.replace(
         dataset, cases=_ordered(dataset.cases), unlabelled=_ordered(dataset.unlabelled)
     )
@@ -134,6 +137,16 @@ def whole_or_problems(dataset: Dataset, problems: Sequence[str]) -> Dataset:
     there = tuple(case for case in dataset.cases if all(map(os.path.isfile, case.paths)))
     found = dataclasses.replace(dataset, cases=there) if dataset.class_names else None
     raise DatasetProblems(problems, found)
+
+
+def _name_problems(dataset):
+    """Names that can not be written into the files of a run."""
+    files = [file for case in (*dataset.cases, *dataset.unlabelled) for file in case.paths]
+    return [
+        f"{printable(file)}: its name is not UTF-8; rename it"
+        for file in files
+        if printable(file) != file
+    ]
 
 
 def _ordered(cases):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxseg.data.formats import registry
-from jaxseg.problem import Problem
+from jaxseg.problem import Problem, printable
 from jaxseg.run.writers import json_ready, write_text
 
 RECORDS_NAME = "predictions.json"
@@ -59,10 +59,9 @@ def find_images(
     """Lists the images to segment and the files to make of them. No file is opened.
 
     A volume's outputs are CASE (the label) and CASE_OUTPUT with its own suffix, a picture's
-    CASE.png and CASE_OUTPUT.tif. If all files are named CASE_0000, CASE_0001 ... with as many as
-    there are channels, these are the channels of CASE, as in nnU-Net. Hidden files (macOS copies a
-    "._NAME" beside each NAME) and what is in the
-    output folder are no images.
+    CASE.png and CASE_OUTPUT.tif. Files named CASE_0000, CASE_0001 ..., as many as there are
+    channels, are the channels of CASE, as in nnU-Net; of one channel if all files are. Hidden files
+    (macOS copies a "._NAME" beside each NAME) and what is in the output folder are no images.
 
     Args:
       input_path: An image, or a folder of images.
@@ -182,14 +181,20 @@ def written_bytes(case: ImageCase) -> dict[str, int]:
 
 
 def left_out(input_path: str | Path, folder: str | Path, recursive: bool) -> list[str]:
-    """The files of an input folder, but for hidden ones, that are no images; of many the first."""
+    """The files of an input folder, but for hidden ones, that are no images; of many the first.
+
+    Among them are links that lead to nothing, and to folders where subfolders are looked into.
+    """
     root, output = Path(input_path), Path(folder).resolve()
     if not root.is_dir():
         return []
-    files = [path for path in root.glob("**/*" if recursive else "*") if path.is_file()]
-    of_images = {file for path in files if registry.is_image(path) for file in _real_files(path)}
+    there = list(root.glob("**/*" if recursive else "*"))
+    files = [path for path in there if path.is_file() or (path.is_symlink() and not path.exists())]
+    files += [path for path in there if recursive and path.is_symlink() and path.is_dir()]
+    images = [path for path in files if registry.is_image(path) and path.is_file()]
+    of_images = {file for path in images for file in _real_files(path)}
     others = sorted(
-        str(path.relative_to(root))
+        printable(path.relative_to(root)) + _where_to(path)
         for path in files
         if os.path.realpath(path) not in of_images
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -197,6 +202,13 @@ def left_out(input_path: str | Path, folder: str | Path, recursive: bool) -> lis
     )
     more = [f"and {len(others) - _MAX_NAMED} more"] if len(others) > _MAX_NAMED else []
     return others[:_MAX_NAMED] + more
+
+
+def _where_to(path):
+    """What a link leads to that is not followed."""
+    if path.is_file():
+        return ""
+    return " (a link to a folder)" if path.is_dir() else " (a link to nothing)"
 
 
 def _real_files(image):
@@ -222,7 +234,7 @@ def _images_below(root, folder, recursive):
     if folder == root_resolved:
         raise FolderProblem(f"{root} is --input and --output at once; give another --output")
     output_inside = folder.is_relative_to(root_resolved)
-    return [
+    images = [
         path
         for path in root.glob("**/*" if recursive else "*")
         if registry.is_image(path)
@@ -230,28 +242,32 @@ def _images_below(root, folder, recursive):
         and not (output_inside and path.resolve().is_relative_to(folder))
         and path.is_file()
     ]
+    for path in images:
+        if printable(path) != str(path):
+            raise FolderProblem(f"{printable(path)}: its name is not UTF-8; rename it")
+    return images
 
 
 def _channel_groups(paths, num_channels):
     """(stem, files) of each image."""
-    stems = {path: registry.stem_of(path) for path in paths}
     groups: dict[str, dict[int, Path]] = {}
-    for path, stem in stems.items():
-        match = _CHANNEL.fullmatch(stem)
-        if match is None:
-            break
-        groups.setdefault(match[1], {})[int(match[2])] = path
-    else:
-        are_pictures = not any(map(registry.is_volume, paths))  # which hold all of their colours
-        if all(
-            sorted(group) == list(range(num_channels)) or (are_pictures and list(group) == [0])
-            for group in groups.values()
-        ):
-            return [
-                (stem, [group[number] for number in sorted(group)])
-                for stem, group in groups.items()
-            ]
-    return [(stem, [path]) for path, stem in stems.items()]
+    alone = []
+    for path in paths:
+        stem = registry.stem_of(path)
+        if match := _CHANNEL.fullmatch(stem):
+            groups.setdefault(match[1], {})[int(match[2])] = path
+        else:
+            alone.append((stem, [path]))
+    are_pictures = not any(map(registry.is_volume, paths))  # which hold all of their colours
+    whole = {
+        stem: [group[number] for number in sorted(group)]
+        for stem, group in groups.items()
+        if sorted(group) == list(range(num_channels)) or (are_pictures and list(group) == [0])
+    }
+    if num_channels == 1 and (alone or len(whole) < len(groups)):
+        whole = {}  # a number in the name of some files means something else
+    rest = [path for stem, group in groups.items() if stem not in whole for path in group.values()]
+    return [*whole.items(), *alone, *((registry.stem_of(path), [path]) for path in rest)]
 
 
 def _case_of(stem, paths, root, folder, outputs):

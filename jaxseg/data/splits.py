@@ -26,31 +26,27 @@ def split_from_file(
     subject_of: Callable[[str], str] = str,
     fold: int = 0,
     also_test: Sequence[str] = (),
+    excluded: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """Reads a split from JSON.
 
     Args:
       path: {"train": [...], "val": [...], "test": [...]} ("test" may be missing; cases under
         "unused" are left out; other keys are ignored) or nnU-Net's list of such dicts, one per
-        fold.
+        fold, which leaves out what it does not list.
       case_ids: all cases of the dataset.
       subject_of: function from case id to subject.
       fold: which entry of a list.
       also_test: cases of the test set that the file does not list.
+      excluded: cases that it may list though they are not in the dataset.
     Returns:
       Dict with sorted lists of case ids under "train", "val" and "test".
     Raises:
       SplitProblem: unreadable file, missing fold, unknown or unassigned cases, a subject in two
         sets, no training or no validation case.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise SplitProblem(
-            f"{path}: not a readable JSON split ({error}); mend --config.split.file"
-        ) from error
-    if isinstance(content, list):
+    content = _content(path)
+    if is_list := isinstance(content, list):
         if fold not in range(len(content)):
             raise SplitProblem(
                 f"{path}: fold {fold} is missing, the file has {len(content)} folds, from 0; "
@@ -68,16 +64,27 @@ def split_from_file(
         listed = content.get(name, [])
         if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
             raise SplitProblem(f'{path}: "{name}" is not a list of case ids')
-    split = {name: sorted(content.get(name, [])) for name in SETS}
+    split = {name: sorted(set(content.get(name, [])) - set(excluded)) for name in SETS}
     split["test"] = sorted({*split["test"], *also_test})
     case_ids = set(case_ids) - set(content.get(UNUSED, []))
+    if is_list:
+        case_ids &= set().union(*split.values())
     return _checked(split, case_ids, subject_of, source=path)
 
 
 def lists_folds(path: str | Path) -> bool:
     """Whether a file that `split_from_file` reads lists folds."""
-    with open(path, encoding="utf-8") as file:
-        return isinstance(json.load(file), list)
+    return isinstance(_content(path), list)
+
+
+def _content(path):
+    """What the JSON file of a split holds."""
+    try:
+        return json.loads(Path(path).read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SplitProblem(
+            f"{path}: not a readable JSON split ({error}); mend --config.split.file"
+        ) from error
 
 
 def check_folds(folds: Sequence[Mapping[str, Sequence[str]]]) -> None:
@@ -243,13 +250,19 @@ def _checked(split, case_ids, subject_of, source):
         )
     if missing := sorted(set(case_ids) - set(assigned)):
         problems.append(f"leaves cases out: {', '.join(missing)}")
-    sets_of = collections.defaultdict(set)
+    sets_of = collections.defaultdict(list)
     for name, cases in split.items():
         for case in cases:
-            sets_of[subject_of(case)].add(name)
-    leaks = [f"{s} in {' and '.join(sorted(n))}" for s, n in sorted(sets_of.items()) if len(n) > 1]
+            sets_of[subject_of(case)].append((case, name))
+    leaks = [
+        f"{subject} ({', '.join(f'{case} in {name}' for case, name in sorted(of))})"
+        for subject, of in sorted(sets_of.items())
+        if len({name for _, name in of}) > 1
+    ]
     if leaks:
-        problems.append(f"puts a subject into two sets: {', '.join(leaks)}")
+        problems.append(
+            f"puts a subject into two sets: {', '.join(leaks)}; cases of one image are of one too"
+        )
     problems += [f'has no case in "{name}"' for name in ("train", "val") if not split[name]]
     if problems:
         raise SplitProblem(f"{source} " + "; ".join(problems))

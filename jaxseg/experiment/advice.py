@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxseg.data.cases import Dataset
@@ -33,10 +34,10 @@ def about_axes(
     is_picture = not is_volume(dataset.cases[0].image_path)
     if len(config.data.patch_size) == 2 and not is_picture:
         across = plan.axes[2]
-        spacing = " x ".join(f"{mm:.4g}" for mm in plan.spacing_mm)
+        spacing = " x ".join(f"{mm:.4g}" for mm in np.median([f.spacing_mm for f in facts], axis=0))
         yield (
-            f"slices are {_PLANES[across]}: of voxels of {spacing} mm (left-right, back-front, "
-            "feet-head) the thickest axis is cut across, of equals the last"
+            f"slices are {_PLANES[across]}: of voxels of {spacing} mm in the median (left-right, "
+            "back-front, feet-head) the thickest axis is cut across, of equals the last"
         )
         others = sum(max(f.spacing_mm) > _MUCH_THICKER * f.spacing_mm[across] for f in facts)
         if others:

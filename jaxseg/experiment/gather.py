@@ -23,6 +23,8 @@ from jaxseg.experiment import advice
 from jaxseg.experiment.members import members_of
 from jaxseg.run.log import Log
 
+_MAX_LISTED = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -111,6 +113,10 @@ def find_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> F
         log.text(line)
     splits_of = {fold: make_split(config, dataset, fold, survey) for fold in _folds_of(config)}
     split = next(iter(splits_of.values()))
+    used = {case_id for each in splits_of.values() for ids in each.values() for case_id in ids}
+    if unused := [case.case_id for case in dataset.cases if case.case_id not in used]:
+        shown = ", ".join(unused[:_MAX_LISTED]) + (" ..." if len(unused) > _MAX_LISTED else "")
+        log.text(f"{len(unused)} labelled case(s) are in no set of the split: {shown}")
     if config.ensemble.folds:
         splits.check_folds(list(splits_of.values()))
     _check_foreground(dataset, survey, splits_of.values())
@@ -179,7 +185,7 @@ def _found(config, cache_dir, spacing_from, log):
     try:
         dataset = find_dataset(config, cache_dir, log)
     except cases.DatasetProblems as problems:
-        if problems.found is None:
+        if problems.found is None or not problems.found.cases:
             raise
         try:
             verify(problems.found, functools.partial(log.progress, title="verifying"))
@@ -188,6 +194,12 @@ def _found(config, cache_dir, spacing_from, log):
         raise
     for note in dataset.notes:
         log.text(f"note: {note}")
+    if not dataset.cases:
+        others = f"{len(dataset.unlabelled)} case(s) without label"
+        others += f" and {len(dataset.excluded)} excluded" if dataset.excluded else ""
+        raise cases.DatasetProblems(
+            [f"{dataset.root}: no case has a label, there are {others}; training needs labels"]
+        )
     return dataclasses.replace(dataset, spacing_from=spacing_from)
 
 
@@ -244,13 +256,20 @@ def make_split(
     )
     if file:
         path = os.path.join(dataset.root, file)
-        return splits.split_from_file(path, case_ids, subject_of=subject_of, fold=fold)
+        return splits.split_from_file(
+            path, case_ids, subject_of=subject_of, fold=fold, excluded=dataset.excluded
+        )
     told = {case.case_id: (case.set_name, case.fold) for case in dataset.cases}
     test = [case_id for case_id, (set_name, _) in told.items() if set_name == "test"]
     if _is_told(config, dataset):
         path = os.path.join(dataset.root, dataset.split_file)
         return splits.split_from_file(
-            path, case_ids, subject_of=subject_of, fold=fold, also_test=test
+            path,
+            case_ids,
+            subject_of=subject_of,
+            fold=fold,
+            also_test=test,
+            excluded=dataset.excluded,
         )
     if any(set_name or case_fold is not None for set_name, case_fold in told.values()):
         if not (len(test) == sum(bool(any(entry)) for entry in told.values()) and test):

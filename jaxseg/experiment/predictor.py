@@ -133,7 +133,8 @@ def check_image(predictor: Predictor, image: np.ndarray, affine: np.ndarray) -> 
     if image.shape[-1] != predictor.num_channels:
         raise PredictorProblem(
             f"the image has {image.shape[-1]} channel(s), the network was trained on "
-            f"{predictor.num_channels}; give the same channels in the same order, as the last axis"
+            f"{predictor.num_channels}; give the same channels in the same order, as the last axis "
+            "or as CASE_0000, CASE_0001 ..."
         )
     return unlike_training(predictor.plan, image, affine)
 

@@ -75,6 +75,8 @@ def _changed_files(saved, now, data):
     lines = [f"case {case_id} is gone" for case_id in saved if case_id not in now]
     lines += [f"case {case_id} is new" for case_id in now if case_id not in saved]
     for case_id in saved.keys() & now.keys():
+        if (num := len(now[case_id])) != (before := len(saved[case_id])):
+            lines.append(f"case {case_id}: has {num} file(s), had {before}; was a label added?")
         for path, before, after in zip(
             files_of(cases[case_id]), saved[case_id], now[case_id], strict=False
         ):

@@ -235,9 +235,35 @@ def test_channels_that_are_files(tmp_path):
     assert state["channels"][0]["file"].endswith("a_0001.mha")
     apart = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 1)
     assert [case.case_id for case in apart] == ["a_0000", "a_0001", "b_0000", "b_0001"]
-    make_files(tmp_path / "in", "c.mha")  # not all files are named so
+    make_files(tmp_path / "in", "c.mha", "d_0000.mha", "e_2019.mha")  # not all files are named so
     with_other = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 2)
-    assert len(with_other) == 5
+    assert [case.case_id for case in with_other] == ["a", "b", "c", "d_0000", "e_2019"]
+    assert [len(case.paths) for case in with_other] == [2, 2, 1, 1, 1]
+    make_files(tmp_path / "one", "a_0000.mha", "b_0000.mha")
+    one = predictions.find_images(tmp_path / "one", tmp_path / "out", ("label",), False)
+    assert [case.case_id for case in one] == ["a", "b"]
+    make_files(tmp_path / "one", "c.mha")
+    one = predictions.find_images(tmp_path / "one", tmp_path / "out", ("label",), False)
+    assert [case.case_id for case in one] == ["a_0000", "b_0000", "c"]
+
+
+def test_links_that_are_not_followed_are_told(tmp_path):
+    make_files(tmp_path, "in/a.nii", "elsewhere/b.nii")
+    (tmp_path / "in" / "p2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "c.nii.gz").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in" / "d.nii").symlink_to(tmp_path / "elsewhere" / "b.nii")
+    assert [case.case_id for case in find(tmp_path / "in", recursive=True)] == ["a", "d"]
+    for recursive, more in ((False, []), (True, ["p2 (a link to a folder)"])):
+        told = predictions.left_out(tmp_path / "in", tmp_path / "out", recursive)
+        assert told == ["c.nii.gz (a link to nothing)", *more]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_at_once(tmp_path):
+    make_files(tmp_path / "in", "a.nii", os.fsdecode(b"M\xfcller.txt"))
+    assert predictions.left_out(tmp_path / "in", tmp_path / "out", False) == ["M\ufffdller.txt"]
+    make_files(tmp_path / "in", os.fsdecode(b"M\xfcller.nii"))
+    with pytest.raises(predictions.FolderProblem, match="M\ufffdller\\.nii: its name is not UTF-8"):
+        find(tmp_path / "in")
 
 
 def test_a_picture_that_holds_its_colours_is_named_without_its_number(tmp_path):

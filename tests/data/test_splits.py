@@ -5,7 +5,13 @@ import pytest
 
 from jaxseg.data import splits
 from jaxseg.data.layouts import decathlon
-from jaxseg.data.splits import SplitProblem, split_by_subject, split_from_file, subject_from_regex
+from jaxseg.data.splits import (
+    SplitProblem,
+    lists_folds,
+    split_by_subject,
+    split_from_file,
+    subject_from_regex,
+)
 
 # Twelve subjects, the left and right side of each.
 IDS = [f"s{number:02d}_{side}" for number in range(12) for side in "LR"]
@@ -154,13 +160,36 @@ def test_all_faults_of_a_file_are_named(tmp_path):
         "names cases that the dataset lacks or the split leaves unused: gone_7, gone_8" in message
     )
     assert "leaves cases out: s02_L, s02_R" in message
-    assert "s00 in train and val" in message
-    assert "s01 in test and train" in message
+    assert "s00 (s00_L in train, s00_R in val)" in message
+    assert "s01 (s01_L in train, s01_R in test); cases of one image are of one" in message
+
+
+def test_nnunets_list_leaves_out_what_it_does_not_list(tmp_path):
+    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["b", "c"], "val": ["a"]}]
+    path = tmp_path / "splits_final.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(folds).encode())  # with a byte-order mark
+    split = split_from_file(path, ["a", "b", "c", "d"], fold=1)
+    assert split == {"train": ["b", "c"], "val": ["a"], "test": []}
+    assert lists_folds(path)
+    # A case that the user leaves out leaves the split; one that is unknown does not.
+    split = split_from_file(path, ["a", "c", "d"], excluded=["b"])
+    assert split == {"train": ["a"], "val": ["c"], "test": []}
+    assert "lacks or the split leaves unused: b" in message_of(split_from_file, path, ["a", "c"])
+    single = write(tmp_path / "split.json", folds[0])
+    assert "leaves cases out: d" in message_of(split_from_file, single, ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"train": ["a"', "", "\udcff"])
+def test_a_damaged_file_is_one_clear_problem(tmp_path, text):
+    path = tmp_path / "split.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    for function in (lambda: split_from_file(path, ["a"]), lambda: lists_folds(path)):
+        assert f"{path}: not a readable JSON split" in message_of(function)
 
 
 def test_one_case_in_two_sets_is_an_error(tmp_path):
     path = write(tmp_path / "split.json", {"train": ["a", "b"], "val": ["b"]})
-    assert "b in train and val" in message_of(split_from_file, path, ["a", "b"])
+    assert "b (b in train, b in val)" in message_of(split_from_file, path, ["a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from jaxseg.data.verify import CaseFacts
 from jaxseg.experiment import advice, build, gather
 from jaxseg.experiment.members import Member, kind_of_members, members_of
 from jaxseg.planning.measures import CaseMeasures
+from jaxseg.run.log import SilentLog
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,31 @@ def test_subjects_and_sets_of_a_table_are_honoured():
     assert split == {"train": ["c0", "c2"], "val": ["c1", "c3"], "test": []}
 
 
+@pytest.mark.parametrize("patch_size", [(16, 16), (8, 8, 8)])
+def test_without_a_labelled_case_nothing_is_trained(make_msd_folder, tmp_path, patch_size):
+    config = base_config(rank=len(patch_size))
+    config.data.dir, config.data.cache_dir = str(make_msd_folder(num_cases=2)), str(tmp_path)
+    config.data.exclude = ("*",)
+    with pytest.raises(
+        cases.DatasetProblems, match=r"no case has a label, there are 0 .* and 2 excluded"
+    ):
+        gather.load_data(config, SilentLog())
+
+
+def test_what_a_split_leaves_out_is_told(make_msd_folder, tmp_path):
+    root = make_msd_folder(num_cases=4)
+    folds = [{"train": ["case_00", "case_03"], "val": ["case_01"]}]
+    (root / "folds.json").write_text(json.dumps(folds))
+    config = base_config()
+    config.data.dir, config.data.cache_dir = str(root), str(tmp_path)
+    config.split.file, config.data.exclude = "folds.json", ("case_03",)
+    log = SilentLog()
+    log.text = (lines := []).append
+    found = gather.find_data(config, log)
+    assert found.splits[0] == {"train": ["case_00"], "val": ["case_01"], "test": []}
+    assert "1 labelled case(s) are in no set of the split: case_02" in lines
+
+
 def facts(spacing_mm):
     measures = CaseMeasures((20, 20, 20), spacing_mm, (20, 20, 20))
     return CaseFacts(measures, (10, 5), "x")
@@ -133,15 +159,17 @@ def test_how_slices_are_cut_and_sides_are_mistaken_is_said():
     of_cases = [facts((4.0, 1.0, 1.0)), facts((1.0, 1.0, 9.0))]
     lines = list(advice.about_axes(config, dataset, of_cases, plan))
     assert len(lines) == 2
-    assert lines[0].startswith("slices are sagittal: of voxels of 4 x 1 x 1 mm")
+    assert lines[0].startswith("slices are sagittal: of voxels of 2.5 x 1 x 5 mm in the median")
     assert lines[1].startswith("slices of 1 training case(s), which lie another way")
     sided = dataclasses.replace(dataset, class_names=("background", "left_parotid"))
     axial = dataclasses.replace(plan, axes=(0, 1, 2), spacing_mm=(1.0, 1.0, 4.0))
-    lines = list(advice.about_axes(config, sided, [], axial))
-    assert "mirrors left and right: --config.augment.flip.axes=(1,) ends that" in lines[1]
-    assert len(list(advice.about_axes(config, sided, [], plan))) == 1  # no axis in plane is it
+    lines = list(advice.about_axes(config, sided, of_cases, axial))
+    assert "mirrors left and right: --config.augment.flip.axes=(1,) ends that" in lines[-1]
+    assert (
+        len(list(advice.about_axes(config, sided, of_cases, plan))) == 2
+    )  # no axis in plane is it
     config.augment.flip.axes = (1,)
-    assert len(list(advice.about_axes(config, sided, [], axial))) == 1
+    assert len(list(advice.about_axes(config, sided, of_cases, axial))) == 2
 
 
 @pytest.mark.parametrize(

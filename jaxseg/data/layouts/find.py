@@ -53,7 +53,7 @@ def kind_of(root: str | Path, wanted: Wanted) -> str:
         return "nnunet" if is_nnunet else "msd"
     if Path(root, table.NAME).exists():
         return "table"
-    if any(Path(root).glob(wanted.image_glob.replace("{case}", "*"))):
+    if patterns.matching(Path(root), wanted.image_glob):
         return "images"
     raise DatasetProblems(
         [

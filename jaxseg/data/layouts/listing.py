@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxseg.data.formats import registry
+from jaxseg.problem import printable
 
 # Of files that nothing lists, so many are named.
 _MAX_NAMED = 5
@@ -100,10 +101,19 @@ def images_in(folder: Path) -> list[Path]:
     ]
 
 
+def broken_links(files: Sequence[Path]) -> list[str]:
+    """One sentence for each link that leads to nothing."""
+    return [
+        f"{file}: is a link to {os.readlink(file)}, where nothing is; mend or remove it"
+        for file in files
+        if file.is_symlink() and not file.exists()
+    ]
+
+
 def unused_files(files: Sequence[Path], reason: str) -> list[str]:
     """One sentence about files that are left out, none if there are none."""
     if not files:
         return []
-    names = ", ".join(str(file) for file in files[:_MAX_NAMED])
+    names = ", ".join(printable(file) for file in files[:_MAX_NAMED])
     more = f" and {len(files) - _MAX_NAMED} more" if len(files) > _MAX_NAMED else ""
     return [f"{names}{more}: {reason}; list or move {'it' if len(files) == 1 else 'them'}"]

@@ -87,7 +87,9 @@ def _labels(path, content, problems):
         return {}, ()
     try:
         values = {str(name): int(value) for name, value in labels.items()}
-    except (TypeError, ValueError):
+        if any(float(labels[name]) != value for name, value in values.items()):
+            raise ValueError("not whole")
+    except (OverflowError, TypeError, ValueError):
         problems.append(f'{path}: "labels" has values {list(labels.values())}; write {example}')
         return {}, ()
     ignore = tuple(value for name, value in values.items() if name == "ignore")
@@ -154,7 +156,9 @@ def _folder_cases(root, suffix, ending, num_channels, problems, notes):
     images, labels = root / f"images{suffix}", root / f"labels{suffix}"
     by_case: dict[str, dict[int, str]] = {}
     others = []
-    for file in sorted(images.glob("*")) if images.is_dir() else []:
+    there = sorted(images.glob("*")) if images.is_dir() else []
+    problems += listing.broken_links([file for file in there if not file.name.startswith(".")])
+    for file in there:
         if file.name.startswith(".") or not file.is_file():
             continue
         match = re.fullmatch(r"(.+)_(\d{4})", file.name.removesuffix(ending))

@@ -4,7 +4,13 @@ import os
 import re
 from pathlib import Path
 
-from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
+from jaxseg.data.cases import (
+    Case,
+    Dataset,
+    DatasetProblems,
+    duplicate_id_problems,
+    whole_or_problems,
+)
 from jaxseg.data.formats import registry
 from jaxseg.data.label_values import class_problems
 from jaxseg.data.layouts import listing
@@ -21,10 +27,11 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
     Args:
       root: Folder that the patterns start from.
       wanted: Of which `image_glob` says where the images are, for example "images/*.png",
-        "**/*_SEM.png" or "images/{case}_t1.nii.gz"; `other_channels` where further channels are,
-        ("images/{case}_t2.nii.gz",); `label_pattern` where the label is, "masks/{case}.png".
+        "**/*_SEM.png", "images/{case}_t1.nii.gz" or "{case}/image.nii.gz"; `other_channels` where
+        further channels are, ("images/{case}_t2.nii.gz",); `label_pattern` where the label is,
+        "masks/{case}.png".
         {case} stands for the image's file name without its suffix or, where `image_glob` has it,
-        for what stands there in the name; {dir} for its folder relative to `root`.
+        for what stands there; {dir} for its folder relative to `root`.
     Returns:
       Dataset with no modalities; a case id is what {case} stands for.
     Raises:
@@ -32,12 +39,12 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
         or the classes and their values do not fit together.
     """
     root = Path(root)
-    glob = wanted.image_glob.replace("{case}", "*")
-    matched = [
+    there = [
         path
-        for path in sorted(root.glob(glob))
-        if path.is_file() and not path.name.startswith(".") and _case_id(path, wanted.image_glob)
+        for path in matching(root, wanted.image_glob)
+        if not path.name.startswith(".") and _case_id(root, path, wanted.image_glob)
     ]
+    matched = [path for path in there if path.is_file()]
     named = {
         path: [
             _filled(root, path, wanted.image_glob, pattern)
@@ -50,12 +57,13 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
     left_out = [path for path in matched if path not in used and not registry.is_image(path)]
     left_out = [path for path in left_out if path.suffix != ".json"]
     problems = class_problems(root, wanted.class_names, wanted.coding)
+    problems += listing.broken_links(there)
     problems += _pattern_problems(root, images, wanted)
     cases = []
     for path in images:
         label, *channels = named[path]
         problems += _file_problems(path, label, channels, wanted)
-        case_id = _case_id(path, wanted.image_glob)
+        case_id = _case_id(root, path, wanted.image_glob)
         cases.append(Case(case_id, tuple(map(str, (path, *channels))), str(label)))
     problems += duplicate_id_problems(cases)
     notes = listing.unused_files(left_out, f"none of {registry.KINDS}, left out")
@@ -71,6 +79,23 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
         ),
         problems + (notes if wanted.strict else []),
     )
+
+
+def matching(root: Path, image_glob: str) -> list[Path]:
+    """What a glob with or without {case} matches, in order.
+
+    Raises:
+      DatasetProblems: It is none.
+    """
+    try:
+        return sorted(root.glob(image_glob.replace("{case}", "*")))
+    except (ValueError, NotImplementedError) as error:
+        raise DatasetProblems(
+            [
+                f"data.image_glob {image_glob!r} matches nothing ({error}); write for example "
+                "images/*.nii.gz or, for folders of any depth, **/*.nii.gz"
+            ]
+        ) from None
 
 
 def _pattern_problems(root, images, wanted):
@@ -103,16 +128,38 @@ def _file_problems(path, label, channels, wanted):
     return problems
 
 
-def _case_id(path, image_glob):
+def _case_id(root, path, image_glob):
     """What {case} stands for; "" if the name does not fit the glob."""
     if "{case}" not in image_glob:
         return os.path.basename(registry.stem_of(path))
-    name = image_glob.rpartition("/")[2]
-    literal = re.escape(name).replace(r"\*", ".*").replace(r"\?", ".")
-    match = re.fullmatch(literal.replace(r"\{case\}", "(.+)", 1), path.name)
-    return match[1] if match else ""
+    match = re.fullmatch(_as_regex(image_glob), path.relative_to(root).as_posix())
+    return match["case"] if match else ""
+
+
+# Parts of a glob, and what they match in a path.
+_GLOB = re.compile(
+    r"(?P<folders>\*\*/)|(?P<any>\*)|(?P<one>\?)|(?P<set>\[[^\]]+\])|(?P<case>{case})"
+)
+_REGEX = {"folders": "(?:.*/)?", "any": "[^/]*", "one": "[^/]"}
+
+
+def _as_regex(image_glob):
+    """The regular expression of a glob in which every {case} stands for the same."""
+    parts, place = [], 0
+    for match in _GLOB.finditer(image_glob):
+        parts.append(re.escape(image_glob[place : match.start()]))
+        place = match.end()
+        if match["set"]:
+            parts.append("[" + match["set"][1:].replace("!", "^", 1))
+        elif match["case"]:
+            parts.append("(?P=case)" if "(?P<case>[^/]+)" in parts else "(?P<case>[^/]+)")
+        else:
+            parts.append(_REGEX[str(match.lastgroup)])
+    return "".join(parts) + re.escape(image_glob[place:])
 
 
 def _filled(root, path, image_glob, pattern):
     folder = path.parent.relative_to(root).as_posix()
-    return root / pattern.replace("{dir}", folder).replace("{case}", _case_id(path, image_glob))
+    return root / pattern.replace("{dir}", folder).replace(
+        "{case}", _case_id(root, path, image_glob)
+    )

@@ -81,11 +81,14 @@ def _rows(path, problems):
             delimiter = max(",;\t", key=sample.count)
             reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
             columns = [_heading(name) for name in reader.fieldnames or []]
+            if twice := sorted({name for name in columns if columns.count(name) > 1}):
+                raise ValueError(f"several columns are named {', '.join(twice)}")
             reader.fieldnames = columns
             # Spreadsheets leave rows of empty cells behind.
             rows = [(reader.line_num, row) for row in reader if any(row.values())]
     except (OSError, ValueError, csv.Error) as error:
-        problems.append(f"{path}: not a readable table ({error}); save it as CSV in UTF-8")
+        mend = "name each once" if "columns" in str(error) else "save it as CSV in UTF-8"
+        problems.append(f"{path}: not a readable table ({error}); {mend}")
         return [], []
     if not columns:
         problems.append(f"{path}: is empty; write case,image,label and a line for each case")
@@ -116,7 +119,9 @@ def _case(path, number, row, images, problems):
     if set_name and set_name not in (*SETS, UNUSED):
         sets = ", ".join((*SETS, UNUSED))
         problems.append(f"{where}: its set is {set_name!r}; write one of {sets}")
-    if fold and not fold.isdigit():
+    # Where a cell is empty, tables of pandas write numbers as 0.0.
+    is_fold = re.fullmatch(r"(\d+)(\.0*)?", fold, re.ASCII)
+    if fold and not is_fold:
         problems.append(f"{where}: its fold is {fold!r}; write 0, 1, 2 ...")
     return Case(
         case_id=cells["case"],
@@ -124,5 +129,5 @@ def _case(path, number, row, images, problems):
         label_path=label,
         subject=cells.get("subject", ""),
         set_name=set_name,
-        fold=int(fold) if fold.isdigit() else None,
+        fold=int(is_fold[1]) if is_fold else None,
     )

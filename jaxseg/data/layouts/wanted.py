@@ -40,20 +40,26 @@ def without_excluded(dataset: Dataset, exclude: Sequence[str]) -> Dataset:
     Raises:
       DatasetProblems: a name or pattern leaves out nothing.
     """
-    everyone = (*dataset.cases, *dataset.unlabelled)
+    case_ids = {case.case_id for case in (*dataset.cases, *dataset.unlabelled)}
+    matched = {pattern: _matched(case_ids, pattern) for pattern in exclude}
     idle = [
         f"--config.data.exclude: {pattern!r} is no case of {dataset.root}; correct it"
-        for pattern in exclude
-        if not any(_is_excluded(case, [pattern]) for case in everyone)
+        for pattern, found in matched.items()
+        if not found
     ]
     if idle:
         raise DatasetProblems(idle, dataset)
+    excluded = set().union(*matched.values())
     return dataclasses.replace(
         dataset,
-        cases=tuple(case for case in dataset.cases if not _is_excluded(case, exclude)),
-        unlabelled=tuple(case for case in dataset.unlabelled if not _is_excluded(case, exclude)),
+        cases=tuple(case for case in dataset.cases if case.case_id not in excluded),
+        unlabelled=tuple(case for case in dataset.unlabelled if case.case_id not in excluded),
+        excluded=tuple(sorted(excluded)),
     )
 
 
-def _is_excluded(case, patterns):
-    return any(fnmatch.fnmatchcase(case.case_id, pattern) for pattern in patterns)
+def _matched(case_ids, pattern):
+    """The case of that name; if there is none, those that match it."""
+    if pattern in case_ids:
+        return {pattern}
+    return {case_id for case_id in case_ids if fnmatch.fnmatchcase(case_id, pattern)}

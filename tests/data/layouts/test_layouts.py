@@ -1,6 +1,7 @@
 """Which files of a folder are a dataset; no image is opened here."""
 
 import json
+import os
 
 import pytest
 
@@ -222,6 +223,59 @@ def test_several_channels_by_several_patterns(tmp_path):
     assert "s2_t1.nii.gz: its channel" in problem and "s2_t2.nii.gz is missing" in problem
 
 
+@pytest.mark.parametrize(
+    ("image_glob", "label_pattern", "expected"),
+    [
+        ("{case}/image.nii.gz", "{case}/label.nii.gz", ["p1", "p2"]),
+        ("{case}/{case}_*.mha", "{case}/label.nii.gz", ["p1", "p2"]),
+        ("**/{case}_t1.mha", "{case}/label.nii.gz", ["p1", "p2"]),
+        ("p[1]/{case}_t1.mha", "{case}/label.nii.gz", ["p1"]),
+        ("p[!1]/{case}_t?.mha", "{case}/label.nii.gz", ["p2"]),
+    ],
+)
+def test_a_case_has_its_name_anywhere_in_a_path(tmp_path, image_glob, label_pattern, expected):
+    touch(tmp_path, *(f"p{n}/{name}.nii.gz" for n in (1, 2) for name in ("image", "label")))
+    touch(tmp_path, "p1/p1_t1.mha", "p2/p2_t1.mha", "p2/p1.mha")
+    wanted = Wanted(image_glob=image_glob, label_pattern=label_pattern)
+    dataset = find.find_dataset(tmp_path, wanted)
+    assert dataset.layout == patterns.LAYOUT
+    assert [case.case_id for case in dataset.cases] == expected
+    assert dataset.cases[0].label_path == str(tmp_path / expected[0] / "label.nii.gz")
+
+
+def test_a_glob_that_is_none_is_one_clear_problem(tmp_path):
+    [problem] = problems_of(find.find_dataset, tmp_path, Wanted(image_glob="**.nii.gz"))
+    assert "data.image_glob '**.nii.gz'" in problem and "**/*.nii.gz" in problem
+
+
+def test_links_to_nothing_are_problems(tmp_path, nnunet_root):
+    touch(tmp_path / "pairs", "masks/a.png", "masks/b.png", "images/a.png")
+    (tmp_path / "pairs/images/b.png").symlink_to("/nowhere/x")
+    [problem] = problems_of(patterns.find, tmp_path / "pairs", Wanted())
+    assert "images/b.png: is a link to /nowhere/x, where nothing is" in problem
+    image = nnunet_root / "imagesTr" / "b_0001.nii.gz"
+    image.unlink()
+    image.symlink_to("/nowhere/y")
+    problem, *_ = problems_of(nnunet.find, nnunet_root)
+    assert "b_0001.nii.gz: is a link to /nowhere/y" in problem
+
+
+def test_a_name_that_is_not_utf_8_is_a_problem(tmp_path):
+    name = os.fsdecode(b"M\xfcller")
+    touch(tmp_path, f"images/{name}.png", f"masks/{name}.png")
+    first, *_ = problems_of(patterns.find, tmp_path, Wanted())
+    assert first == f"{tmp_path}/images/M\ufffdller.png: its name is not UTF-8; rename it"
+
+
+@pytest.mark.parametrize("value", [1.7, "1.7", float("nan"), 1e999, [1], True])
+def test_a_label_of_nnunet_is_a_whole_number(nnunet_root, value):
+    describe(nnunet_root, **NNUNET | {"labels": {"background": 0, "organ": value}})
+    if value is True:  # which is 1
+        assert nnunet.find(nnunet_root).coding.values == (0, 1)
+        return
+    assert any('"labels" has' in problem for problem in problems_of(nnunet.find, nnunet_root))
+
+
 def test_a_table(tmp_path):
     touch(tmp_path / "data", "1_t1.nii.gz", "1_t2.nii.gz", "1.nii.gz", "2_t1.mha", "2_t2.mha")
     whole = tmp_path / "data" / "2_t2.mha"
@@ -263,8 +317,30 @@ def test_all_problems_of_a_table(tmp_path):
         assert sum(fragment in problem for problem in problems) == 1, (fragment, problems)
     path.write_text("case,picture\n")
     assert len(problems_of(table.find, path, Wanted())) == 3  # no image, no label, an odd column
+    path.write_text("case,image_T1,Image_T1,label\na,a.png,m.png,m.png\n")
+    [problem] = problems_of(table.find, path, Wanted())
+    assert "several columns are named image_T1" in problem and "name each once" in problem
     path.write_text("")
     assert "is empty" in problems_of(table.find, path, Wanted())[0]
+
+
+@pytest.mark.parametrize(("cell", "fold"), [("3", 3), ("0.0", 0), ("2.", 2), ("\u00b2", None)])
+def test_a_fold_is_a_whole_number(tmp_path, cell, fold):
+    touch(tmp_path, "a.png", "m.png")
+    (tmp_path / "cases.csv").write_text(f"case,image,label,fold\na,a.png,m.png,{cell}\n")
+    if fold is None:
+        [problem] = problems_of(table.find, tmp_path, Wanted())
+        assert f"line 2: its fold is {cell!r}" in problem
+    else:
+        assert table.find(tmp_path, Wanted()).cases[0].fold == fold
+
+
+def test_a_name_with_brackets_is_a_name(tmp_path):
+    touch(tmp_path, "images/a[1].png", "masks/a[1].png", "images/a1.png", "masks/a1.png")
+    dataset = find.find_dataset(tmp_path, Wanted(exclude=("a[1]",)))
+    assert [case.case_id for case in dataset.cases] == ["a1"] and dataset.excluded == ("a[1]",)
+    dataset = find.find_dataset(tmp_path, Wanted(exclude=("a[12]",)))
+    assert [case.case_id for case in dataset.cases] == ["a[1]"]
 
 
 def test_cases_are_left_out_by_name_or_pattern(nnunet_root):
