@@ -274,6 +274,9 @@ NOT_NEGATIVE = (
     "ensemble.folds",
 )
 
+# Lists of whole numbers.
+WHOLE = ("data.patch_size", "model.features", "model.num_convs")
+
 # Resolutions of the encoders whose channels are published.
 PUBLISHED_DEPTHS = {"vgg16": 5, "resnet18": 6, "resnet34": 6, "resnet50": 6}
 

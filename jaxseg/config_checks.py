@@ -12,6 +12,7 @@ from jaxseg.config import (
     PER_CHANNEL,
     POSITIVE,
     PUBLISHED_DEPTHS,
+    WHOLE,
     ConfigProblems,
     choices_of,
     flatten,
@@ -79,7 +80,7 @@ def _kind_problems(name, value):
     """What is wrong with a field of a kind that its name tells."""
     problems = []
     is_range = name.rpartition(".")[2].startswith("range")
-    if name in ("data.patch_size", "model.features") and any(isinstance(v, float) for v in value):
+    if name in WHOLE and any(isinstance(v, float) for v in _entries(value)):
         problems.append(f"{name} must hold whole numbers, not {value!r}")
     is_probability = not is_range and name.endswith(("prob", "_fraction", ".dropout", ".momentum"))
     if is_probability and not (_is_number(value) and 0 <= value <= 1):
@@ -98,7 +99,7 @@ def _entries(value):
 
 
 def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _not_a_choice(name, value, choices):
@@ -129,7 +130,7 @@ def _data_problems(config):
         problems.append(f"data.patch_size needs 2 (slices) or 3 (volumes) entries, not {rank}")
     if any(axis not in range(rank) for axis in config.augment.flip.axes):
         problems.append(f"augment.flip.axes {config.augment.flip.axes} lie outside a {rank}D patch")
-    if config.preprocess.axes and sorted(config.preprocess.axes) != [0, 1, 2]:
+    if config.preprocess.axes and sorted(map(repr, config.preprocess.axes)) != [*"012"]:
         problems.append(f"preprocess.axes must hold 0, 1 and 2: {config.preprocess.axes!r}")
     if len(config.preprocess.spacing_mm) not in (0, 3):
         problems.append("preprocess.spacing_mm needs 3 entries, or () for the training median")
@@ -165,8 +166,7 @@ def _plan_problems(config):
     is_free = not config.plan.preset or wanted == "auto"
     if is_free or (wanted == "2d") == (len(patch_size) == 2):
         return []
-    rank = 2 if wanted == "2d" else 3
-    return [f"plan.configuration {wanted!r} needs {rank} entries in data.patch_size: {patch_size}"]
+    return [f"plan.configuration {wanted!r} takes no data.patch_size {patch_size}: set one of them"]
 
 
 def _split_problems(config):
@@ -267,7 +267,7 @@ def _per_resolution_problems(model, depth, rank):
         for entry in entries:
             numbers = _entries(entry)
             fits = isinstance(entry, int) or (len(numbers) == rank and name != "num_convs")
-            if not fits or not all(isinstance(n, int) and n > 0 for n in numbers):
+            if not fits or not all(type(n) is int and n > 0 for n in numbers):
                 problems.append(
                     f"model.{name} must hold whole numbers, or {rank} of them for the axes of the "
                     f"patch, not {entry!r}"

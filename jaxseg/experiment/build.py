@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
 from jaxseg import parallel
+from jaxseg.data import memory
 from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.members import members_of
 from jaxseg.inference import whole_volume
@@ -28,6 +30,35 @@ from jaxseg.training.state import TrainState, create_train_states
 def create_model_for(config: ConfigDict, num_classes: int) -> nn.Module:
     """The network that `config.model` describes."""
     return create_model(config.model.name, num_classes, **config_lib.model_options(config))
+
+
+def check_patch(config: ConfigDict) -> None:
+    """Refuses batches that memory can not hold, and patches of which the network sees nothing.
+
+    Raises:
+      ConfigProblems: it is such a one.
+    """
+    patch_size, model = tuple(config.data.patch_size), config.model
+    if wrong := memory.too_large(4 * config.train.batch_size * math.prod(patch_size)):
+        raise config_lib.ConfigProblems(
+            [
+                f"a batch of {config.train.batch_size} patches of {patch_size} voxels {wrong}; "
+                "lower train.batch_size or data.patch_size"
+            ]
+        )
+    if model.name != "unet" or model.encoder in config_lib.PUBLISHED_DEPTHS:
+        return
+    coarsest = patch_size
+    for step in model.strides or (2,) * (len(model.features) - 1):
+        strides = (step,) * len(coarsest) if isinstance(step, int) else step
+        coarsest = tuple(-(-n // stride) for n, stride in zip(coarsest, strides, strict=True))
+    if model.norm == "instance" and math.prod(coarsest) == 1:
+        raise config_lib.ConfigProblems(
+            [
+                f"data.patch_size {patch_size}: model.strides leave one voxel of it, of which "
+                "model.norm 'instance' leaves nothing; enlarge it, or take fewer resolutions"
+            ]
+        )
 
 
 def margin_of(config: ConfigDict) -> tuple[int, ...]:

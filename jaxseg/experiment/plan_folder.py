@@ -87,6 +87,8 @@ def _config_of(directory, preset, configuration, settings):
             config.update_from_flattened_dict({name: value})
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"--set={setting}: {error}")
+    if config.plan.file:
+        problems.append("plan.file holds a plan already: this command makes one, for --output")
     if problems:
         raise ConfigProblems(problems)
     return config

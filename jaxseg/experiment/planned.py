@@ -1,15 +1,13 @@
 """What a config leaves open, decided by a plan for the data, each decision with its reason."""
 
 import dataclasses
-import json
-import os
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from jaxseg.config import ConfigProblems, flatten, with_tuples
-from jaxseg.config_planned import PLANNED, decided, undecided
+from jaxseg.config import ConfigProblems, flatten
+from jaxseg.config_planned import PLANNED, decided
 from jaxseg.data.cases import Dataset
 from jaxseg.experiment.advice import left_right_of, names_a_side
 from jaxseg.experiment.gather import Found
@@ -154,37 +152,13 @@ def resolved(config: ConfigDict, found: Found) -> tuple[ConfigDict, list[str]]:
     Returns:
       (config, lines): ConfigDict, and what was decided and why, for the log.
     """
-    if config.plan.file:
-        values = read_decisions(os.path.expanduser(config.plan.file))
-        lines = [f"plan: {config.plan.file}", *(f"  {name}: {values[name]}" for name in values)]
-    else:
-        planned = plan_for(config, found)
-        values = values_of(planned, found.dataset)
-        lines = [f"plan: {planned.preset} {planned.name}, {planned.why}"]
-        reasons = reasons_for(planned, planned.name)
-        lines += [f"  {what}: {value} ({why})" for what, value, why in reasons]
-    complete = decided(config, values)
+    planned = plan_for(config, found)
+    values = values_of(planned, found.dataset)
+    reasons = reasons_for(planned, planned.name)
+    lines = [f"plan: {planned.preset} {planned.name}, {planned.why}"]
+    lines += [f"  {what}: {value} ({why})" for what, value, why in reasons]
     fields = flatten(config)
     obeyed = [name for name in values if fields[name] is not None]
     if obeyed:
         lines.append(f"  set by you: {', '.join(f'{name} {fields[name]}' for name in obeyed)}")
-    if missing := undecided(complete):
-        raise ConfigProblems(
-            f"{name} is decided neither by the config nor by plan.file" for name in missing
-        )
-    return complete, lines
-
-
-def read_decisions(path: str) -> dict[str, Any]:
-    """The decisions in a file that `plan_folder` wrote.
-
-    Raises:
-      ConfigProblems: It can not be read as such.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(with_tuples(json.load(file)["decisions"]).items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigProblems(
-            [f"plan.file {path!r}: no plan can be read ({error!r}); write one with jaxseg.plan"]
-        ) from None
+    return decided(config, values), lines

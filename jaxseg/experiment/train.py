@@ -21,6 +21,7 @@ from jaxseg.experiment import build, gather
 from jaxseg.experiment.assess import assess
 from jaxseg.experiment.interrupts import stop_requests
 from jaxseg.experiment.members import kind_of_members
+from jaxseg.experiment.plan_file import completed_by_file, naming_file
 from jaxseg.experiment.planned import fingerprint_json, resolved
 from jaxseg.experiment.resume import (
     complete_as_saved,
@@ -64,10 +65,15 @@ def train(config: ConfigDict) -> int | None:
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
     workdir = workdir_of(config)
-    if not undecided(config):
-        check_fits(config)
     checkpoints = os.path.join(workdir, "checkpoints")
-    if not os.path.exists(checkpoints):
+    begins = not checkpoint.last_step(checkpoints)
+    if config.plan.file and (begins or os.path.exists(os.path.expanduser(config.plan.file))):
+        with naming_file(config):
+            config = completed_by_file(config)
+            check_fits(config)
+    elif not undecided(config):
+        check_fits(config)
+    if begins:
         build.check_initial_weights(config)
     os.makedirs(workdir, exist_ok=True)
     is_first = jax.process_index() == 0
@@ -126,6 +132,8 @@ def _train(config, workdir, manager, log):
 def _decided(config, found, log):
     """The config with what it leaves open decided for the data; says why it is so."""
     if not undecided(config):
+        if config.plan.file:
+            log.text(f"plan: {config.plan.file}")
         return config
     config, lines = resolved(config, found)
     config_checks.validate(config)
@@ -138,6 +146,7 @@ def _decided(config, found, log):
 def check_fits(config: ConfigDict) -> None:
     """Raises RunProblem or ConfigProblems if batch and patch suit neither devices nor network."""
     check_batch_size(config, build.create_layout(config))
+    build.check_patch(config)
     build.margin_of(config)
 
 

@@ -19,6 +19,8 @@ from jaxseg.config_planned import PLANNED, decided, undecided
 from jaxseg.data import pipeline
 from jaxseg.experiment import plan_folder, planned, train
 from jaxseg.experiment.gather import find_data
+from jaxseg.experiment.plan_file import completed_by_file
+from jaxseg.experiment.setup import RunProblem
 from jaxseg.planning.budget import PRESETS
 from jaxseg.run import log as run_log
 
@@ -91,7 +93,7 @@ def test_axes_that_are_set_are_planned_for(boxes, tmp_path):
 
 def test_a_patch_that_the_configuration_can_not_have_is_refused(boxes, tmp_path):
     changes = {"plan.configuration": "2d", "data.patch_size": (16, 16, 8)}
-    with pytest.raises(ConfigProblems, match=r"'2d' needs 2 entries in data\.patch_size: \(16, "):
+    with pytest.raises(ConfigProblems, match=r"'2d' takes no data\.patch_size \(16, 16, 8\)"):
         validate(open_config(boxes, tmp_path, **changes))
     validate(open_config(boxes, tmp_path, **changes | {"data.patch_size": (16, 16)}))
 
@@ -128,7 +130,18 @@ def test_killed_and_resumed_it_gives_the_same_bits_and_plans_once(boxes, tmp_pat
     assert undecided(saved) == [] and saved.model.strides == ((2, 2),)
     fingerprint = json.loads((run / "fingerprint.json").read_text())
     assert len(fingerprint["cases"]) == fingerprint["num_cases"] == 6
+
+    def never(*args):
+        raise AssertionError("the plan is made again")
+
+    monkeypatch.setattr(planned, "plan_for", never)
+    assert train.train(whole) is None
+
+    file = tmp_path / "plan.json"
+    decisions = {name: flatten(saved)[name] for name in PLANNED}
+    file.write_text(json.dumps({"decisions": decisions}))
     again = open_config(boxes, tmp_path, workdir=str(tmp_path / "again"), **small)
+    again.plan.file = str(file)
     batches = pipeline.train_batches
 
     def interrupted(*args, **kwargs):
@@ -141,10 +154,10 @@ def test_killed_and_resumed_it_gives_the_same_bits_and_plans_once(boxes, tmp_pat
         patch.setattr(pipeline, "train_batches", interrupted)
         assert train.train(again) == signal.SIGTERM
 
-    def never(*args):
-        raise AssertionError("the plan is made again")
-
-    monkeypatch.setattr(planned, "plan_for", never)
+    file.write_text(json.dumps({"decisions": decisions | {"train.batch_size": 5}}))
+    with pytest.raises(RunProblem, match=r"train\.batch_size: \d -> 5"):
+        train.train(again)
+    file.unlink()  # which the run needs no more
     assert train.train(again) is None
     assert run_log.read_trace(again.workdir) == run_log.read_trace(whole.workdir)
 
@@ -173,20 +186,13 @@ def test_the_text_and_the_file_of_a_plan(boxes, tmp_path):
 
     content["decisions"]["model.features"] = [4, 8, 16]
     output.write_text(json.dumps(content))
-    complete, lines = resolve(open_config(boxes, tmp_path, **{"plan.file": str(output)}))
+    changes = {"plan.preset": "auto", "plan.file": str(output)}
+    complete = completed_by_file(open_config(boxes, tmp_path, **changes))
     assert complete.model.features == (4, 8, 16) and complete.train.batch_size == 5
-    assert lines[0] == f"plan: {output}"
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"decisions": 3}'])
-def test_a_file_that_holds_no_plan_is_refused(boxes, tmp_path, content):
-    (tmp_path / "plan.json").write_text(content)
-    config = open_config(boxes, tmp_path, **{"plan.file": str(tmp_path / "plan.json")})
-    with pytest.raises(ConfigProblems, match="no plan can be read"):
-        resolve(config)
-    (tmp_path / "plan.json").write_text('{"decisions": {"train.batch_size": 2}}')
-    with pytest.raises(ConfigProblems, match=r"data\.patch_size is decided neither"):
-        resolve(config)
+    with pytest.raises(ConfigProblems, match=r"plan\.file holds a plan already"):
+        plan_folder.plan_folder(
+            str(boxes), settings=(f"plan.file={output}",), log=run_log.SilentLog()
+        )
 
 
 def test_settings_that_can_not_be_used_are_all_told(boxes):
