@@ -10,6 +10,7 @@ compared.csv) and the difference of the two tested (comparison.json). Exits with
 cannot be evaluated.
 """
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
             values[name] = tuple(map(int, options[name].value or ())) or None
         except ValueError as error:
             command.leave(NAME, f"--{name}: {error}")
+    if not math.isfinite(options.tolerance_mm):
+        command.leave(NAME, f"--tolerance_mm is {options.tolerance_mm}; give a distance in mm")
     folders = (options.predictions, options.references, options.compare, options.output)
     predictions, references, others, output = (f and os.path.expanduser(f) for f in folders)
     with command.one_message(NAME):

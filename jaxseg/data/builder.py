@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from jaxseg.data import preprocess
 from jaxseg.data.blocked_arrays import BlockedArray, RecordCache, block_boxes, block_shape
+from jaxseg.data.border_weights import border_weights
 from jaxseg.data.cases import Case, Dataset
 from jaxseg.data.label_values import IGNORED
 from jaxseg.data.reading import read_case_image, read_case_instances, read_case_label
@@ -190,7 +191,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder):
         if self._border_weight:
             instances = read_case_instances(dataset, case)
             instances = preprocess.preprocess_instances(instances, affine, plan, box)
-            arrays["weight"] = preprocess.border_weights(instances, **self._border_weight)
+            arrays["weight"] = border_weights(instances, **self._border_weight)
         if dataset.coding.ignore:
             weight = arrays.get("weight", np.ones(label.shape, np.float32))
             arrays["weight"] = np.where(label == IGNORED, np.float32(0), weight)

@@ -33,7 +33,11 @@ KINDS = {
 
 
 def describe_image(
-    image: np.ndarray, spacing_mm: Iterable[float], normalisation: Sequence[str]
+    image: np.ndarray,
+    spacing_mm: Iterable[float],
+    normalisation: Sequence[str],
+    *,
+    is_picture: bool = False,
 ) -> dict[str, float | list[float]]:
     """Numbers that tell one kind of image from another.
 
@@ -44,15 +48,16 @@ def describe_image(
 
     Args:
       image: Raw intensities in RAS+ axes, [X, Y, Z, C], any real dtype.
-      spacing_mm: 3 floats; 1, 1, 1 with Z = 1 is a picture, measured in pixels.
-      normalisation: "ct" or "zscore" for each channel, as in the plan.
+      spacing_mm: 3 floats.
+      normalisation: scheme of each channel, as in the plan.
+      is_picture: whether it is measured in pixels.
     Returns:
       JSON-ready dict: "spacing_mm/x", "extent_mm/x" ("extent_px/x" of a picture) and so on; of each
       channel c "intensity_sd/channel c/percentile 99" ("intensity_hu/...") and so on, all floats,
       and "layout_sd/channel c", a list of 64 floats.
     """
     shape, spacing_mm = image.shape[:3], tuple(map(float, spacing_mm))
-    if shape[2] == 1 and spacing_mm == (1, 1, 1):
+    if is_picture:
         features: dict[str, float | list[float]] = {
             f"extent_px/{axis}": float(shape[i]) for i, axis in enumerate("xy")
         }

@@ -7,6 +7,7 @@ width W is [H, W, 1, C] with the identity. Channels may lie in files of their ow
 that is wrong with them; `read_image` refuses such files.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,18 @@ from jaxseg import geometry
 from jaxseg.data import memory
 from jaxseg.data.formats import registry
 from jaxseg.data.formats.files import COPY_AGAIN
-from jaxseg.data.formats.pictures import load_picture, opaque_pixels, size_of, write_tiff
+from jaxseg.data.formats.pictures import (
+    has_grey_palette,
+    load_picture,
+    opaque_pixels,
+    size_of,
+    write_tiff,
+)
 from jaxseg.data.formats.volume import Header, Remark, Volume
 from jaxseg.problem import FileProblem, file_problem
+
+# No way of packing makes bytes fewer by more than about this factor.
+_MOST_PACKED = 100_000
 
 Paths = str | Path | Sequence[str]
 
@@ -80,7 +90,13 @@ def describe_image(path: str | Path, spacing_from: str = "pixdim") -> Header:
     if found is None:
         height, width, channels = size_of(path)
         return Header((height, width, 1, channels), np.dtype(np.uint8), np.eye(4))
-    return found.read_header(path, spacing_from)
+    header = found.read_header(path, spacing_from)
+    held = sum(map(os.path.getsize, registry.files_of(path)))
+    said = math.prod(header.shape) * header.dtype.itemsize
+    if said > held * _MOST_PACKED:  # before memory is asked for
+        wrong = f"its header says {said} bytes of voxels, {held} bytes are there"
+        raise file_problem(path, wrong, COPY_AGAIN)
+    return header
 
 
 def bytes_to_read(paths: Paths, spacing_from: str = "pixdim") -> int:
@@ -186,8 +202,11 @@ def _decode_file(path, spacing_from):
     picture = load_picture(path)
     if picture.image.mode in ("P", "PA"):
         has_alpha = picture.image.mode == "PA" or "transparency" in picture.image.info
-        colours = picture.image.convert("RGBA" if has_alpha else "RGB")
-        picture = type(picture)(colours, picture.format)
+        mode = "L" if has_grey_palette(picture.image) else "RGB"
+        shown = picture.image.convert("RGBA" if has_alpha else "RGB")
+        if mode == "L":
+            shown = shown.convert("LA" if has_alpha else "L")
+        picture = type(picture)(shown, picture.format)
     return Volume(opaque_pixels(path, picture).astype(np.float32), np.eye(4))
 
 

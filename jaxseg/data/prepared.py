@@ -45,7 +45,7 @@ def prepare(
       slices: whether the network is trained on slices.
       axes: of the plan; () for those that suit slices or volumes.
       saved_plan: of the run that goes on, which is kept to; None makes one.
-      border_weight: options of `preprocess.border_weights`, to store that map with each case.
+      border_weight: options of `border_weights.border_weights`, to store that map with each case.
       progress: function (iterable, title) -> iterable that shows progress.
       process_index, process_count: which of the processes this is.
       barrier: function (name) that returns when every process has called it.

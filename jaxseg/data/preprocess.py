@@ -13,6 +13,7 @@ from scipy import ndimage
 from jaxseg import geometry
 from jaxseg.data import familiarity
 from jaxseg.data.cases import Case, Dataset, DatasetProblems
+from jaxseg.data.formats import registry
 from jaxseg.data.label_values import IGNORED
 from jaxseg.data.reading import read_case_image, read_case_label
 from jaxseg.planning.normalisation import CONSTANTS, SCHEMES, schemes_of
@@ -135,7 +136,10 @@ def make_plan(
         spacings.append(geometry.spacing_mm_from_affine(canonical_affine))
         names = dataset.channel_names(image.shape[-1])
         kinds = _schemes(names, normalisation)
-        features.append(familiarity.describe_image(image, spacings[-1], kinds))
+        is_picture = not registry.is_volume(case.image_path)
+        features.append(
+            familiarity.describe_image(image, spacings[-1], kinds, is_picture=is_picture)
+        )
         if "ct" in kinds:
             label, _ = geometry.to_canonical(read_case_label(dataset, case), affine)
             voxels = image[(label > 0) & (label != IGNORED)]
@@ -257,42 +261,6 @@ def preprocess_instances(
     new_shape = target_shape(instances.shape, spacing_mm, plan)
     resampled = geometry.resample_to_shape(instances[..., None], new_shape, order=0)
     return resampled[..., 0].astype(np.int32).transpose(plan.axes)
-
-
-def border_weights(instances: np.ndarray, *, w0: float = 10.0, sigma: float = 5.0) -> np.ndarray:
-    """Weights that make a network learn the gaps between touching cells.
-
-    w(x) = w_c(x) + w0 exp(-(d1 + d2)^2 / (2 sigma^2)), the second term in the background alone,
-    where d1 and d2 are the distances to the nearest and the second nearest cell. w_c balances
-    foreground and background, N / (2 N_c) for N_c of N voxels and 1 where all are of one kind.
-    Distances are to the closest voxel of a cell, taken only within 6 sigma of its bounding box, so
-    that time does not grow with cells times image: beyond, the term is below 2e-8 w0.
-
-    Args:
-      instances: [X, Y, Z] integers, 0 in the background, one value per cell.
-      w0: weight in a gap that is as narrow as can be.
-      sigma: in voxels.
-    Returns:
-      [X, Y, Z] float32.
-    Reference: Ronneberger et al. 2015, equation 2.
-    """
-    cells = instances > 0
-    share = cells.mean()
-    weights = np.ones(instances.shape)
-    if 0 < share < 1:
-        weights = np.where(cells, 0.5 / share, 0.5 / (1 - share))
-    nearest = np.full(instances.shape, np.inf)
-    second = nearest.copy()
-    reach = int(np.ceil(6 * sigma))
-    ids = np.unique(instances[cells])
-    numbered = np.where(cells, np.searchsorted(ids, instances) + 1, 0)
-    for number, box in enumerate(ndimage.find_objects(numbered), start=1):
-        window = tuple(slice(max(s.start - reach, 0), s.stop + reach) for s in box)
-        distance = ndimage.distance_transform_edt(numbered[window] != number)
-        second[window] = np.minimum(second[window], np.maximum(nearest[window], distance))
-        nearest[window] = np.minimum(nearest[window], distance)
-    gaps = w0 * np.exp(-((nearest + second) ** 2) / (2 * sigma**2))
-    return np.where(cells, weights, weights + gaps).astype(np.float32)
 
 
 def target_shape(

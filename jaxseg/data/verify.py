@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxseg import geometry
 from jaxseg.data import cases, images, labels, memory
+from jaxseg.data.formats import registry
 from jaxseg.data.formats.volume import Remark, grouped
 from jaxseg.planning.measures import CaseMeasures, measure_case
 from jaxseg.problem import FileProblem, file_problem
@@ -123,6 +124,7 @@ def verify(
                 measures = _measured(image, label, len(dataset.class_names))
                 survey[case.case_id] = CaseFacts(measures, content, tuple(remarks))
     problems += _channel_problems(num_channels, dataset.modalities)
+    problems += _kind_problems(everyone)
     if strict:
         problems += [
             f"{' and '.join(twins)} have the same image; remove one of them"
@@ -230,6 +232,15 @@ def _content_key(image):
 
 def _is_constant(image):
     return bool((image == image.flat[0]).all())
+
+
+def _kind_problems(everyone: Sequence[cases.Case]) -> list[str]:
+    """Pictures beside volumes, whose sizes can not be compared."""
+    kinds = {registry.is_volume(case.image_path): case.image_path for case in everyone}
+    if len(kinds) < 2:
+        return []
+    wrong = f"is a picture, which has no spacing, and {kinds[True]} a volume"
+    return [f"{kinds[False]}: {wrong}; train on each kind by itself"]
 
 
 def _channel_problems(num_channels: Mapping[str, int], modalities: Sequence[str]) -> list[str]:

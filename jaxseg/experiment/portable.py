@@ -22,10 +22,11 @@ from jax import export as jax_export
 from safetensors.numpy import save_file
 
 from jaxseg import geometry
+from jaxseg.data import memory
 from jaxseg.data.images import read_image
 from jaxseg.experiment.predictor import Predictor, load_predictor
 from jaxseg.inference import resampling, whole_volume
-from jaxseg.problem import Problem
+from jaxseg.problem import Problem, file_problem
 from jaxseg.run import writers
 
 MAGIC = b"jaxseg predictor 2"
@@ -154,6 +155,8 @@ def export(workdirs: Sequence[str], like: str, folder: str, *, mirror: bool = Fa
     image, affine = geometry.to_canonical(*read_image(like, predictor.plan.spacing_from))
     spacing_mm = geometry.spacing_mm_from_affine(affine)
     grid = geometry.resampled_shape(image.shape[:3], spacing_mm, predictor.recipe.spacing_mm)
+    if wrong := memory.grid_too_large(image.shape[:3], spacing_mm, grid, image.shape[-1]):
+        raise file_problem(like, wrong, "correct its spacing, or give another --like")
     box = resampling.box_of(image.shape[:3])
     content = export_predictor(predictor, box, resampling.box_of(grid))
     os.makedirs(folder, exist_ok=True)

@@ -143,7 +143,11 @@ def unlike_training(plan: Plan, image: np.ndarray, affine: np.ndarray) -> list[s
     """Reasons that an image on its own grid is unlike those that the plan was made from."""
     image, affine = geometry.to_canonical(image, affine)
     spacing_mm = geometry.spacing_mm_from_affine(affine)
-    features = familiarity.describe_image(image, spacing_mm, plan.normalisation)
+    # A slice of 1 mm looks like a picture, whose spacing nobody knows.
+    is_picture = image.shape[2] == 1 and (spacing_mm == 1).all() and "extent_px/x" in plan.typical
+    features = familiarity.describe_image(
+        image, spacing_mm, plan.normalisation, is_picture=is_picture
+    )
     return familiarity.unlike_reasons(features, plan.typical)
 
 

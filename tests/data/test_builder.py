@@ -25,6 +25,7 @@ from jaxseg.data import (
     verify,
 )
 from jaxseg.data import parts as parts_lib
+from jaxseg.data.border_weights import border_weights
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.surveyed import survey_once
@@ -470,7 +471,7 @@ def test_border_weights_are_stored_apart_and_read_back(tmp_path, dataset, count_
         instances, affine = labels.read_instances(case.label_path, dataset.coding)
         plan = preprocess.Plan((1.0, 1.0, 2.0), ("zscore",), ((),), 1, 1)
         instances = preprocess.preprocess_instances(instances, affine, plan)
-        expected = preprocess.border_weights(instances, **options)
+        expected = border_weights(instances, **options)
         assert expected.max() > expected.min()
         for store in stores:
             np.testing.assert_array_equal(whole(store[case.case_id]).weight, expected)

@@ -35,7 +35,7 @@ def test_geometry_in_millimetres_or_pixels():
     volume = describe_image(np.zeros((4, 5, 6, 1)), (0.5, 2.0, 3.0), ("ct",))
     assert [volume[f"spacing_mm/{axis}"] for axis in "xyz"] == [0.5, 2, 3]
     assert [volume[f"extent_mm/{axis}"] for axis in "xyz"] == [2, 10, 18]
-    picture = describe_image(np.zeros((4, 5, 1, 1)), np.ones(3), ("zscore",))
+    picture = describe_image(np.zeros((4, 5, 1, 1)), np.ones(3), ("zscore",), is_picture=True)
     assert [picture[f"extent_px/{axis}"] for axis in "xy"] == [4, 5]
     assert not [name for name in picture if "mm" in name]
 
@@ -156,10 +156,19 @@ def test_inverted_turned_cropped_and_empty_images_are_flagged(change, reason):
     assert any(found.startswith(reason) for found in reasons), reasons
 
 
+def test_slices_of_one_mm_are_no_pictures():
+    rng = np.random.default_rng(0)
+    slices = [(rng.random((20, 24, 1, 1)), (mm, mm, 1.0)) for mm in (0.9, 1.0, 1.0, 1.1)]
+    features = [describe_image(image, spacing, ("zscore",)) for image, spacing in slices]
+    ranges = typical_ranges(features)
+    assert {f"spacing_mm/{axis}" for axis in "xyz"} <= ranges.keys()
+    assert "pixels" not in " ".join(unlike_reasons(features[1], ranges))
+
+
 def test_a_picture_among_volumes_is_flagged():
     ranges = typical_ranges(blob_features())
     picture = describe_image(
-        np.random.default_rng(0).random((20, 24, 1, 1)), np.ones(3), ("zscore",)
+        np.random.default_rng(0).random((20, 24, 1, 1)), np.ones(3), ("zscore",), is_picture=True
     )
     assert "pixels" in unlike_reasons(picture, ranges)[0]
 

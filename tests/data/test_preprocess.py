@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from jaxseg import geometry
+from jaxseg.data.border_weights import border_weights
 from jaxseg.data.cases import Case, Dataset, DatasetProblems
 from jaxseg.data.label_values import IGNORED, LabelCoding
 from jaxseg.data.preprocess import (
     Plan,
-    border_weights,
     kept_box,
     make_plan,
     preprocess_image,

@@ -250,6 +250,19 @@ def test_pictures_differ_in_channels_from_most_others(tmp_path):
     verify(picture_dataset(tmp_path, *colours))
 
 
+def test_pictures_and_volumes_are_not_of_one_dataset(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 6), dtype=np.uint8)
+    pictures = picture_dataset(tmp_path, pixels)
+    builder = Builder(tmp_path)
+    volume, _ = builder.add("a")
+    flat = builder.dataset()
+    mixed = cases.Dataset(
+        str(tmp_path), (*pictures.cases, *flat.cases), pictures.class_names, pictures.coding
+    )
+    [problem] = problems_of(mixed)
+    assert problem.startswith(f"{tmp_path / '0.png'}: is a picture") and str(volume) in problem
+
+
 def test_equal_values_in_another_shape_are_another_image(tmp_path):
     pixels = np.arange(30, dtype=np.uint8)
     verify(picture_dataset(tmp_path, pixels.reshape(5, 6), pixels.reshape(6, 5)))

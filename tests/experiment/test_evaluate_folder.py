@@ -550,6 +550,10 @@ def test_the_command_prints_the_scores(folders):
     [
         (["--references=x"], "--predictions must be given"),
         (["--predictions=x", "--references=y"], "y: no such folder"),
+        (
+            ["--predictions=x", "--references=y", "--tolerance_mm=nan"],
+            "--tolerance_mm is nan; give a distance in mm",
+        ),
         (["--predictions=x", "--references=y", "--label_values=0,one"], "'one'"),
         (["--prediction=x"], "Unknown command line flag 'prediction'. Did you mean: predictions"),
         (["x"], "unexpected argument 'x'"),

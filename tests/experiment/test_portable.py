@@ -16,6 +16,7 @@ from jaxseg.data.images import read_image
 from jaxseg.experiment import portable, predictor
 from jaxseg.experiment.portable import ExportProblem
 from jaxseg.inference import resampling, whole_volume
+from jaxseg.problem import FileProblem
 from jaxseg.run import checkpoint, weights
 
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
@@ -113,6 +114,15 @@ def test_readmes_loader_crops_and_keeps_coarse_axes_apart(
     np.testing.assert_array_equal(label, expected["label"])
     assert label[3:15, :13].any() and not label[:3].any() and not label[..., :2].any()
     assert not names["segment"](image * 0, np.array(spacing_mm)).all()
+
+
+def test_an_image_whose_spacing_makes_an_absurd_grid_is_refused(finished_run, tmp_path):
+    run, _ = finished_run
+    volume = nibabel.Nifti1Image(np.ones((20, 18, 8), np.float32), np.diag([9e4, 9e4, 9e4, 1]))
+    nibabel.save(volume, tmp_path / "like.nii.gz")
+    with pytest.raises(FileProblem, match=r"like\.nii\.gz: .* become .*; correct its spacing"):
+        portable.export([str(run)], str(tmp_path / "like.nii.gz"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_any_number_of_volumes_of_different_sizes(exported, finished_run):

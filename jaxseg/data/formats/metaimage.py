@@ -103,6 +103,10 @@ def _reading(path: str | Path) -> Iterator[tuple[Callable[[], np.ndarray], Heade
     with opened(path) as stream:
         if not stream.read(1):
             raise file_problem(path, "the file is empty", COPY_AGAIN)
+    for beside in files_beside(path):
+        if not os.path.isfile(beside):
+            wrong = f"its data file {beside} is missing"
+            raise file_problem(path, wrong, "copy both from the source")
     with naming_damage(path, "MetaImage", said=_last_line):
         reader = sitk.ImageFileReader()
         reader.SetFileName(os.fspath(path))
@@ -134,4 +138,5 @@ def _affine(direction, spacing, origin):
 def _last_line(error):
     """What ITK says, without the addresses in its memory."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].rpartition(": ")[2]
+    said = lines[-1].rpartition(": ")[2]
+    return "its data is cut short" if said == "Success" else said  # of the call before the failure

@@ -1,6 +1,7 @@
 """FreeSurfer's MGH and MGZ files, through nibabel."""
 
 import contextlib
+import gzip
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,12 @@ def _opened_image(path: str | Path) -> Iterator[Any]:
         if not stream.read(1):
             raise file_problem(path, "the file is empty", COPY_AGAIN)
         stream.seek(0)
-        with naming_damage(path, "MGH", OSError, EOFError), warnings.catch_warnings():
+        passed = gzip.BadGzipFile, EOFError
+        with naming_damage(path, "MGH", *passed, said=_said), warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             yield MGHImage.from_stream(stream)
+
+
+def _said(error):
+    """What nibabel says; of a file that ends too early, that."""
+    return "it is cut short" if isinstance(error, OSError) else str(error)

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import logging
 import math
 import os
 from pathlib import Path
@@ -78,11 +79,25 @@ def _opened_image(path):
         try:
             raw = image_class.header_class.from_fileobj(stream, check=False)
             stream.seek(0)
-            yield stream, image_class.from_stream(stream), np.abs(raw["pixdim"][1:4])
+            with _quiet_nibabel():
+                image = image_class.from_stream(stream)
+            yield stream, image, np.abs(raw["pixdim"][1:4])
         except _NIFTI_ERRORS as error:
             if isinstance(error, FileProblem):
                 raise
             raise file_problem(path, f"not a readable NIfTI file ({error})", COPY_AGAIN) from error
+
+
+@contextlib.contextmanager
+def _quiet_nibabel():
+    """Keeps back what nibabel says of headers, which names no file; `place` says what matters."""
+    logger = nibabel.imageglobals.logger
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _header_of(path, image, pixdim, spacing_from):
@@ -122,7 +137,7 @@ def _placement(image, pixdim, spacing_from):
     qform_code = int(header["qform_code"])
     return place(
         sform=sform,  # None where the code is 0
-        qform=header.get_qform() if qform_code > 0 else None,
+        qform=_qform(header) if qform_code > 0 else None,
         same_code=sform_code == qform_code,
         pixdim=pixdim,
         unit=int(header["xyzt_units"]) & 7,
@@ -130,6 +145,14 @@ def _placement(image, pixdim, spacing_from):
         shape=(*image.shape, 1, 1)[:3],
         spacing_from=spacing_from,
     )
+
+
+def _qform(header):
+    """The qform, of NaN where its quaternion is none."""
+    try:
+        return header.get_qform()
+    except (HeaderDataError, ValueError):
+        return np.full((4, 4), np.nan)
 
 
 def write(

@@ -39,7 +39,7 @@ _TYPES = {
     "f8": ("double",),
 }
 _DATA_FILE = re.compile(rb"data ?file:\s*(.+?)\s*$")
-_GEOMETRY_FIELDS = ("space", "space origin", "space units", "measurement frame")
+_GEOMETRY_FIELDS = ("space", "space dimension", "space origin", "space units", "measurement frame")
 
 
 def files_beside(path: str | Path) -> list[str]:
@@ -69,7 +69,7 @@ def read(path: str | Path, dtype: Any, spacing_from: str) -> Volume:
     with _reading(path) as nrrd:
         values, fields = nrrd.read(os.fspath(path))
         header = _header_of(path, fields)
-        if values.ndim > 3:
+        if values.ndim > len(_volume_axes(fields)):
             values = np.moveaxis(values, _channel_axis(path, fields), -1)
         values = values.reshape(header.shape).astype(dtype or values.dtype, copy=False)
         return Volume(values, header.affine, header.remarks)
@@ -94,18 +94,22 @@ def write(
     else:
         source = nrrd.read_header(os.fspath(like))
         fields = {name: source[name] for name in _GEOMETRY_FIELDS if name in source}
-        axes = _spatial_axes(source)
+        axes = _volume_axes(source)
+        if len(axes) == 2:
+            values = values[:, :, 0]
         if "space directions" in source:
             directions = np.asarray(source["space directions"], np.float64)[axes]
         else:
             fields["spacings"] = [source.get("spacings", [1.0] * len(axes))[axis] for axis in axes]
             directions = None
-    fields["kinds"] = ["domain"] * 3 + ["list"] * (values.ndim - 3)
-    if directions is not None:
-        nothing = np.full((values.ndim - 3, 3), np.nan)
+    num_axes = len(fields["spacings"] if directions is None else directions)
+    others = values.ndim - num_axes
+    fields["kinds"] = ["domain"] * num_axes + ["list"] * others
+    if directions is None:
+        fields["spacings"] += [np.nan] * others
+    else:
+        nothing = np.full((others, len(directions[0])), np.nan)
         fields["space directions"] = np.concatenate([directions, nothing])
-    elif values.ndim > 3:
-        fields["spacings"] = [*fields["spacings"], np.nan]
     content = io.BytesIO()
     nrrd.write(content, values, fields, compression_level=1)
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -146,6 +150,12 @@ def _spatial_axes(fields):
     ]
 
 
+def _volume_axes(fields):
+    """The spatial axes; of a file that names none, all."""
+    axes = _spatial_axes(fields)
+    return axes if len(axes) > 1 or fields["dimension"] > 3 else list(range(fields["dimension"]))
+
+
 def _channel_axis(path, fields):
     """The one axis that is not spatial."""
     others = sorted(set(range(fields["dimension"])) - set(_spatial_axes(fields)))
@@ -160,11 +170,11 @@ def _channel_axis(path, fields):
 
 def _header_of(path, fields):
     sizes = [int(size) for size in fields["sizes"]]
-    axes = _spatial_axes(fields) if len(sizes) > 3 else list(range(len(sizes)))
+    axes = _volume_axes(fields)
     if len(axes) not in (2, 3):
         _channel_axis(path, fields)
     shape = ([sizes[axis] for axis in axes] + [1])[:3]
-    if len(sizes) > 3:
+    if len(sizes) > len(axes):
         shape.append(sizes[_channel_axis(path, fields)])
     dtype = np.dtype(_dtype_of(path, fields))
     space = fields.get("space", "left-posterior-superior")
@@ -180,7 +190,8 @@ def _header_of(path, fields):
     else:
         spacings = fields.get("spacings", np.ones(len(sizes)))
         affine[range(len(axes)), range(len(axes))] = [spacings[axis] for axis in axes]
-    affine[:3, 3] = fields.get("space origin", (0, 0, 0))
+    origin = fields.get("space origin", (0, 0, 0))
+    affine[: len(origin), 3] = origin
     affine[:3] *= np.array(_SPACES[space], np.float64)[:, None]
     factor, remarks = _unit(path, fields)
     affine[:3] *= factor

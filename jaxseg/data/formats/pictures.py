@@ -64,7 +64,8 @@ def size_of(path: str | Path) -> tuple[int, int, int]:
         width, height = picture.size
         if picture.getexif().get(_ORIENTATION, 1) >= 5:  # a quarter turn
             width, height = height, width
-        return height, width, 1 if picture.mode in (*GREY_DTYPES, "LA") else 3
+        is_grey = picture.mode in (*GREY_DTYPES, "LA") or has_grey_palette(picture)
+        return height, width, 1 if is_grey else 3
 
 
 def load_picture(path: str | Path) -> Picture:
@@ -110,6 +111,12 @@ def opaque_pixels(path: str | Path, picture: Picture) -> np.ndarray:
     elif mode not in (*GREY_DTYPES, "RGB"):
         raise file_problem(path, f"colour mode {mode}", "save it as grey or RGB")
     return pixels.reshape(*pixels.shape[:2], 1, -1)
+
+
+def has_grey_palette(picture: Image.Image) -> bool:
+    """Whether a picture has a palette that shows nothing but greys."""
+    colours = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
+    return picture.mode in ("P", "PA") and bool((colours == colours[:, :1]).all())
 
 
 def shown_values(path: str | Path, picture: Picture) -> np.ndarray:

@@ -49,13 +49,25 @@ def place(
         for name, form in (("sform", sform), ("qform", qform))
         if form is not None and _is_usable(form)
     }
-    if sform is not None and not usable and qform is None:
-        return np.asarray(sform, np.float64), ()
+    if not usable and (sform is not None or qform is not None):
+        return np.asarray(qform if sform is None else sform, np.float64), ()
     name = next(iter(usable), "default")
     affine = np.array(usable.get(name, default), np.float64)
     if sform is not None and name == "qform":
         remarks.append(
             Remark("the sform is unusable, the qform is taken", f"its sform is {_text(sform[:3])}")
+        )
+    if qform is not None and "qform" not in usable:
+        remarks.append(
+            Remark("the qform is unusable, the sform is taken", "its quaternion is none")
+        )
+    unsized = [axis for axis in range(3) if not pixdim[axis] and shape[axis] > 1]
+    if name == "default" and unsized:
+        remarks.append(
+            Remark(
+                "the header says neither place nor spacing, 1 mm is taken, as ITK does",
+                f"pixdim {_text(pixdim)}, no sform and no qform",
+            )
         )
     if len(usable) == 2 and same_code:
         apart = geometry.grid_difference(affine, usable["qform"], shape)

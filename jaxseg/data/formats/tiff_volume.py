@@ -24,9 +24,18 @@ def spacing_file(path: str | Path) -> Path | None:
     without_channel = stem.with_name(re.sub(r"_\d{4}$", "", stem.name))
     for candidate in (stem, without_channel):
         beside = candidate.with_name(candidate.name + ".json")
-        if beside.is_file():
+        if beside.is_file() and _may_hold_spacing(beside):
             return beside
     return None
+
+
+def _may_hold_spacing(path):
+    """Not so if it is whole and about something else, as annotations are."""
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return True  # reading it will tell
+    return isinstance(content, dict) and "spacing" in content
 
 
 def files_beside(path: str | Path) -> list[str]:

@@ -133,12 +133,121 @@ def test_a_stack_of_pages_with_a_spacing_is_a_volume(tmp_path, dtype):
         images.read_image(tmp_path / "a_0000.tif")
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"spacing": [1, 2]}', '{"spacing": [0, 1, 1]}', "[1]"])
+@pytest.mark.parametrize("text", ["", '{"spacing": [1, 2]}', '{"spacing": [0, 1, 1]}'])
 def test_a_spacing_that_is_none(tmp_path, text):
     save_stack(tmp_path / "a.tif", np.zeros((3, 4, 5), np.uint8))
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(FileProblem, match=r"a\.json: holds no spacing"):
         images.read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"shapes": [], "version": "5.0"}'])
+def test_an_annotation_beside_a_picture_makes_no_volume_of_it(tmp_path, text):
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 4, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    (tmp_path / "a.json").write_text(text)
+    assert not registry.is_volume(tmp_path / "a.tif")
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.tif")[0][:, :, 0], pixels)
+
+
+def test_a_palette_of_greys_is_grey(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 255, (6, 5)).astype(np.uint8)
+    picture = Image.fromarray(255 - grey)
+    picture = Image.frombytes("P", picture.size, picture.tobytes())
+    picture.putpalette([255 - value for value in range(256) for _ in range(3)])
+    picture.save(tmp_path / "grey.png")
+    with Image.open(tmp_path / "grey.png") as saved:
+        assert saved.mode == "P"
+    np.testing.assert_array_equal(images.read_image(tmp_path / "grey.png")[0][..., 0, 0], grey)
+    assert images.describe_image(tmp_path / "grey.png").shape == (6, 5, 1, 1)
+    picture.putpalette([value for index in range(256) for value in (index, 0, 9)])
+    picture.save(tmp_path / "colours.png")
+    assert images.read_image(tmp_path / "colours.png")[0].shape == (6, 5, 1, 3)
+    assert images.describe_image(tmp_path / "colours.png").shape == (6, 5, 1, 3)
+
+
+def slice_of_itk(path):
+    sitk = pytest.importorskip("SimpleITK")
+    image = sitk.GetImageFromArray(np.arange(12, dtype=np.int16).reshape(3, 4))
+    image.SetSpacing((0.5, 2))
+    image.SetOrigin((10, 20))
+    image.SetDirection((0, -1, 1, 0))
+    sitk.WriteImage(image, str(path))
+    return sitk, image
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_a_slice_of_itk_is_read_and_answered_with_one(tmp_path, suffix):
+    sitk, image = slice_of_itk(tmp_path / f"a{suffix}")
+    values, affine = images.read_image(tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(values[:, :, 0, 0], np.arange(12).reshape(3, 4).T)
+    for index in ((0, 0), (3, 2)):
+        expected = np.array([*image.TransformIndexToPhysicalPoint(index), 0]) * (-1, -1, 1)
+        np.testing.assert_allclose((affine @ [*index, 0, 1])[:3], expected)
+    label = (values[..., 0] > 5).astype(np.uint8)
+    probs = np.stack([1 - label, label], -1).astype(np.float32)
+    labels.write_label(tmp_path / f"l{suffix}", label, affine, None, tmp_path / f"a{suffix}")
+    images.write_map(tmp_path / f"p{suffix}", probs, affine, tmp_path / f"a{suffix}")
+    written = sitk.ReadImage(str(tmp_path / f"l{suffix}"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(written), label[:, :, 0].T)
+    for found in (written, sitk.ReadImage(str(tmp_path / f"p{suffix}"))):
+        for part in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(found, part)() == getattr(image, part)()
+    np.testing.assert_array_equal(images.read_image(tmp_path / f"p{suffix}")[0], probs)
+
+
+def test_a_volume_whose_space_is_a_number_of_axes_is_answered_so(tmp_path):
+    nrrd = pytest.importorskip("nrrd")
+    sitk = pytest.importorskip("SimpleITK")
+    values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    fields = {"space dimension": 3, "space directions": np.diag([0.5, 2, 3.0])}
+    nrrd.write(str(tmp_path / "a.nrrd"), values, fields | {"space origin": [7, 8, 9]})
+    image, affine = images.read_image(tmp_path / "a.nrrd")
+    label = (image[..., 0] > 9).astype(np.uint8)
+    labels.write_label(tmp_path / "l.nrrd", label, affine, None, like=tmp_path / "a.nrrd")
+    written, source = (sitk.ReadImage(str(tmp_path / f"{name}.nrrd")) for name in "la")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(written), label.T)
+    for part in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(written, part)() == getattr(source, part)()
+
+
+def test_what_is_missing_of_a_metaimage_is_named(tmp_path):
+    sitk, image = sitk_image(np.zeros((9, 8, 7), np.int16))
+    sitk.WriteImage(image, str(tmp_path / "a.mha"))
+    content = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(content[:-40])
+    with pytest.raises(FileProblem, match=r"a\.mha: .*its data is cut short\); copy it again"):
+        images.read_image(tmp_path / "a.mha")
+    sitk.WriteImage(image, str(tmp_path / "b.mhd"))
+    (tmp_path / "b.raw").unlink()
+    with pytest.raises(FileProblem, match=r"b\.mhd: its data file .*b\.raw is missing; copy both"):
+        images.read_image(tmp_path / "b.mhd")
+
+
+def test_a_cut_file_of_freesurfer_says_so(tmp_path):
+    labels.write_label(tmp_path / "a.mgh", np.zeros((9, 8, 7), np.uint8), np.eye(4), None)
+    content = (tmp_path / "a.mgh").read_bytes()
+    (tmp_path / "a.mgh").write_bytes(content[:400])
+    with pytest.raises(FileProblem, match=r"a\.mgh: not a readable MGH file \(it is cut short"):
+        images.read_image(tmp_path / "a.mgh")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".mgh", ".nrrd", ".mha"])
+def test_a_header_that_says_far_more_than_there_is_is_no_want_of_memory(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    labels.write_label(path, np.ones((9, 8, 7), np.uint8), np.eye(4), None)
+    content = path.read_bytes()
+    for old, new in (
+        (np.array([9, 8, 7], "<i2").tobytes(), np.array([30000] * 3, "<i2").tobytes()),
+        (np.array([9, 8, 7], ">i4").tobytes(), np.array([30000] * 3, ">i4").tobytes()),
+        (b"9 8 7", b"30000 30000 30000"),
+    ):
+        content = content.replace(old, new, 1)
+    path.write_bytes(content)
+    with pytest.raises(
+        FileProblem, match=r"header says \d+ bytes of voxels, \d+ bytes are|cut short"
+    ):
+        images.bytes_to_read(path)
 
 
 def test_channels_in_files_of_their_own(tmp_path):

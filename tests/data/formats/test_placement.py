@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 from jaxseg.data import images
 from jaxseg.data.formats import nifti
 from jaxseg.data.formats.volume import Remark, grouped
+from jaxseg.problem import FileProblem
 
 SHAPE = (7, 6, 5)
 TURN = Rotation.from_euler("xyz", [10, -20, 33], degrees=True).as_matrix()
@@ -111,6 +112,36 @@ def test_a_pixdim_that_is_no_spacing_is_said(tmp_path, pixdim):
     header = images.describe_image(path)
     np.testing.assert_allclose(header.affine, affine_of(TRUE), rtol=1e-6)
     assert "pixdim is no spacing" in header.remarks[0].kind
+
+
+def test_an_impossible_quaternion_beside_a_good_matrix_is_said(tmp_path):
+    path = save(tmp_path / "a.nii", affine_of(TRUE), 1, affine_of(TRUE), 1, TRUE)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<3f", raw, 256, 0.9, 0.9, 0.9)
+    path.write_bytes(raw)
+    header = images.describe_image(path)
+    np.testing.assert_allclose(header.affine, affine_of(TRUE), rtol=1e-6)
+    assert [remark.kind for remark in header.remarks] == [
+        "the qform is unusable, the sform is taken"
+    ]
+    struct.pack_into("<h", raw, 254, 0)  # no sform
+    path.write_bytes(raw)
+    with pytest.raises(
+        FileProblem, match=r"a\.nii: not a readable NIfTI file \(w2 should be positive"
+    ):
+        images.read_image(path)
+
+
+def test_a_header_without_place_and_spacing_is_said_by_name(tmp_path, caplog):
+    path = save(tmp_path / "a.nii", None, pixdim=(0.0, 1.5, 0.0))
+    caplog.clear()
+    header = images.describe_image(path)
+    np.testing.assert_allclose(np.abs(np.diag(header.affine)), [1, 1.5, 1, 1])
+    [remark] = header.remarks
+    assert "neither place nor spacing, 1 mm is taken" in remark.kind
+    assert remark.detail == "pixdim 0 x 1.5 x 0, no sform and no qform"
+    assert not caplog.records  # nibabel's own lines name no file
+    assert not images.describe_image(save(tmp_path / "b.nii", None, pixdim=TRUE)).remarks
 
 
 def test_two_forms_of_one_space_that_differ_are_said(tmp_path):
