@@ -172,11 +172,14 @@ class Done:
 
 @pytest.fixture
 def run_command(fork, tmp_path):
-    """Function that runs `python -m` of its arguments to the end; returns what became of it."""
+    """Function that runs `python -m` of its arguments to the end; returns what became of it.
 
-    def run(*argv):
+    What is given as `first` is executed before.
+    """
+
+    def run(*argv, first=""):
         outputs = [tmp_path / f"{name}.{time.monotonic_ns()}" for name in ("stdout", "stderr")]
-        process = fork(*argv, outputs=outputs, XLA_FLAGS=QUICK)
+        process = fork(*argv, outputs=outputs, code=f"{first}\n{COMMAND}", XLA_FLAGS=QUICK)
         process.join(300)
         return Done(process.exitcode, *(path.read_text() for path in outputs))
 

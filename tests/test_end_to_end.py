@@ -16,10 +16,12 @@ pytestmark = pytest.mark.multiprocess
 TINY = (
     "--config.data.patch_size=(16,16)",
     "--config.model.features=(8,16)",
-    "--config.train.num_steps=160",
+    "--config.model.num_convs=(1,)",
+    "--config.model.decoder_convs=1",
+    "--config.train.num_steps=80",
     "--config.train.batch_size=4",
-    "--config.train.log_every=40",
-    "--config.train.eval_every=80",
+    "--config.train.log_every=20",
+    "--config.train.eval_every=40",
     "--config.optim.warmup_steps=0",
     "--config.optim.learning_rate=0.02",
 )
@@ -29,9 +31,9 @@ TINY = (
 def run_main(run_command, tmp_path):
     """Function that runs the main command in folders of its own."""
 
-    def run(*arguments, config="configs/unet.py"):
+    def run(*arguments, config="configs/unet.py", first=""):
         own = (f"--config.workdir={tmp_path}/run", f"--config.data.cache_dir={tmp_path}/cache")
-        return run_command("jaxseg.main", f"--config={config}", *own, *arguments)
+        return run_command("jaxseg.main", f"--config={config}", *own, *arguments, first=first)
 
     return run
 
@@ -64,12 +66,16 @@ def test_volumes_in_trained_network_and_scores_out(run_main, tmp_path, make_msd_
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(split["test"])
     losses = [row["loss"] for row in run_log.read_metrics(run) if "loss" in row]
-    assert len(losses) == 4 and losses[-1] < losses[0]  # at steps 40, 80, 120, 160
+    assert len(losses) == 4 and losses[-1] < losses[0]  # at steps 20, 40, 60, 80
     for picture in ("curves.png", "test.png"):
         with Image.open(run / picture) as image:
             assert np.asarray(image).std() > 0
 
 
+# They take longest, and are made by the tests of volumes and of an FCN.
+NO_PICTURES = (
+    "from jaxseg.experiment import assess; assess._draw = assess._report = lambda *args: None"
+)
 SHORT = (
     "--config.train.num_steps=40",
     "--config.train.eval_every=40",
@@ -112,6 +118,7 @@ def test_a_table_with_subjects_sets_unlabelled_cases_and_ignored_voxels(
         "--config.data.ignore_values=(9,)",
         *TINY,
         *SHORT,
+        first=NO_PICTURES,
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -156,6 +163,7 @@ def test_a_folder_of_nnunet_with_its_splits_its_ignore_label_and_its_test_set(
         "--config.split.fold=1",
         *TINY,
         *SHORT,
+        first=NO_PICTURES,
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -194,6 +202,7 @@ def test_pictures_in_trained_fcn_and_masks_out(run_main, tmp_path):
         "--config.data.image_glob=images/*.png",
         "--config.data.patch_size=(32,32)",
         "--config.model.features=(4,8,8,8,8)",
+        "--config.model.num_convs=1",
         "--config.train.num_steps=40",
         "--config.train.batch_size=4",
         "--config.train.eval_every=80",
@@ -213,7 +222,8 @@ def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(
     run_main, tmp_path, make_msd_folder
 ):
     network = ("--config.model.features=(4,8)", "--config.model.dropout=0.0")
-    steps = ("--config.train.num_steps=20", "--config.train.eval_every=20")
+    network += ("--config.model.num_convs=(1,)", "--config.model.decoder_convs=1")
+    steps = ("--config.train.num_steps=4", "--config.train.eval_every=4")
     steps += ("--config.optim.warmup_steps=0", "--config.train.batch_size=2")
     done = run_main(
         f"--config.data.dir={make_pictures(tmp_path)}",
@@ -222,6 +232,7 @@ def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(
         *network,
         *steps,
         config="configs/unet2015.py",
+        first=NO_PICTURES,
     )
     assert done.returncode == 0, done.stderr
     with Image.open(next((tmp_path / "pretrained" / "test").glob("*.png"))) as image:
@@ -238,6 +249,7 @@ def test_published_unet_on_pictures_then_its_frozen_encoder_on_volumes(
         "--config.model.down=max_pool",
         *network,
         *steps,
+        first=NO_PICTURES,
     )
     assert done.returncode == 0, done.stderr
     assert "from 3 to 1 input channels" in done.stdout
