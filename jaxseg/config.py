@@ -375,9 +375,12 @@ def differences(saved_json: str, new_json: str) -> list[str]:
     Returns:
       List of lines "field: saved -> new"; empty when the run may be resumed.
     """
+    knew_objects = "objects" in json.loads(saved_json)["data"]
     with contextlib.suppress(ConfigProblems):  # what does not fit is among the differences
         saved_json = to_json(from_json(saved_json))  # with the fields that it did not have yet
     saved, new = flatten(json.loads(saved_json)), flatten(json.loads(new_json))
+    if not knew_objects:  # and of masks it was true whatever was said
+        saved["data.objects"] = new.get("data.objects")
     return [
         f"{name}: {saved.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
         for name in sorted(saved.keys() | new.keys())

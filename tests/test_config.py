@@ -226,6 +226,19 @@ def test_a_layout_needs_a_folder(kind):
     assert problem == f"data.kind is {kind!r}: say where it is with --config.data.dir=DIR"
 
 
+def test_a_run_of_version_0_1_goes_on_whether_masks_hold_objects_or_not():
+    saved = json.loads(to_json(base_config()))
+    del saved["data"]["objects"]
+    for objects in (False, True):
+        config = base_config()
+        config.data.objects = objects
+        assert differences(json.dumps(saved), to_json(config)) == []
+    assert from_json(json.dumps(saved)).data.objects
+    config.data.objects = False
+    known = to_json(base_config()).replace('"objects": false', '"objects": true')
+    assert differences(known, to_json(config)) == ["data.objects: True -> False"]
+
+
 def test_objects_are_of_masks():
     config = base_config()
     config.data.objects, config.data.label_values = True, (0, 1)
