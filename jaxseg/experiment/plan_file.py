@@ -12,7 +12,8 @@ from jaxseg import config_checks
 from jaxseg.config import ConfigProblems, base_config, flatten, with_tuples
 from jaxseg.config_planned import PLANNED, decided, undecided
 
-_KINDS = {tuple: "a list", bool: "true or false", int: "a whole number", str: "text"}
+_KINDS: dict[type, str] = {tuple: "a list", bool: "true or false", int: "a whole number"}
+_KINDS |= {str: "text", float: "a number"}
 
 
 def completed_by_file(config: ConfigDict) -> ConfigDict:
@@ -73,5 +74,9 @@ def _foreign(decisions):
     for name, value in decisions.items():
         if name not in PLANNED:
             yield f"{name} is nothing that a plan decides; set it with --config.{name}"
-        elif value is not None and type(value) is not kinds[name]:
+        elif value is not None and not _is_of(kinds[name], value):
             yield f"{name} must be {_KINDS[kinds[name]]}, not {value!r}"
+
+
+def _is_of(kind, value):
+    return type(value) is kind or (kind is float and type(value) is int)
