@@ -375,7 +375,7 @@ def differences(saved_json: str, new_json: str) -> list[str]:
     Returns:
       List of lines "field: saved -> new"; empty when the run may be resumed.
     """
-    knew_objects = "objects" in json.loads(saved_json)["data"]
+    knew_objects = "objects" in json.loads(saved_json).get("data", ())
     with contextlib.suppress(ConfigProblems):  # what does not fit is among the differences
         saved_json = to_json(from_json(saved_json))  # with the fields that it did not have yet
     saved, new = flatten(json.loads(saved_json)), flatten(json.loads(new_json))
