@@ -12,8 +12,11 @@ from jaxseg.problem import FileProblem, file_problem
 from jaxseg.run.writers import replacing
 
 COPY_AGAIN = "copy it again from the source"
+# What `opened` words.
+STREAM_ERRORS = (OSError, EOFError, zlib.error)
 
 _GZIP_MARK = b"\x1f\x8b"
+_MOST_BYTES_PER_GZIP_BYTE = 1032  # what deflate can reach
 
 
 @contextlib.contextmanager
@@ -36,6 +39,23 @@ def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
         raise file_problem(path, f"damaged gzip file ({error})", COPY_AGAIN) from error
     except OSError as error:
         raise file_problem(path, f"cannot be read ({error.strerror})", "check the disk") from error
+
+
+def check_length(path: str | Path, stream: io.BufferedIOBase, num_expected: int) -> None:
+    """Refuses a file that can not hold what its header says, before memory is asked for.
+
+    Raises:
+      FileProblem: `num_expected` bytes are more than there can be in the stream, of `opened`.
+    """
+    packed = isinstance(stream, gzip.GzipFile)
+    if num_expected > os.path.getsize(path) * (_MOST_BYTES_PER_GZIP_BYTE if packed else 1):
+        raise cut_short(path, stream, num_expected)
+
+
+def cut_short(path: str | Path, stream: io.BufferedIOBase, num_expected: int) -> FileProblem:
+    """Words that a stream ends too early."""
+    num_held = stream.seek(0, io.SEEK_END)
+    return file_problem(path, f"cut short, it holds {num_held} of {num_expected} bytes", COPY_AGAIN)
 
 
 @contextlib.contextmanager

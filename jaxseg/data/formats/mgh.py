@@ -1,16 +1,26 @@
 """FreeSurfer's MGH and MGZ files, through nibabel."""
 
 import contextlib
-import gzip
+import io
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel.freesurfer.mghformat import MGHImage
+from nibabel.freesurfer.mghformat import DATA_OFFSET, MGHHeader, MGHImage
 
-from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened, replaced
+from jaxseg.data.formats.files import (
+    COPY_AGAIN,
+    STREAM_ERRORS,
+    check_length,
+    cut_short,
+    naming_damage,
+    opened,
+    replaced,
+)
+from jaxseg.data.formats.nifti import quiet_nibabel
 from jaxseg.data.formats.volume import Header, Volume
 from jaxseg.problem import file_problem
 
@@ -21,16 +31,21 @@ def read_header(path: str | Path, spacing_from: str) -> Header:
     Raises:
       FileProblem: The file is missing, damaged or of another kind.
     """
-    with _opened_image(path) as image:
+    with _opened_image(path) as (_, image):
         return _header_of(image)
 
 
 def read(path: str | Path, dtype: Any, spacing_from: str) -> Volume:
     """The values, frames last, of `dtype` or the file's own; raises as `read_header`."""
-    with _opened_image(path) as image:
-        header = _header_of(image)
-        values = np.asarray(image.dataobj).reshape(header.shape)
-        return Volume(values if dtype is None else values.astype(dtype), header.affine)
+    with _opened_image(path) as (stream, image):
+        header, num_expected = _header_of(image), _num_bytes(image.header)
+        stream.seek(DATA_OFFSET)
+        content = stream.read(num_expected - DATA_OFFSET)
+        if stream.tell() < num_expected:
+            raise cut_short(path, stream, num_expected)
+        stream.seek(0, io.SEEK_END)  # where a gzip file has its check sum
+        values = np.frombuffer(content, header.dtype).reshape(header.shape, order="F")
+        return Volume(values.astype(dtype or header.dtype), header.affine)
 
 
 def write(
@@ -48,7 +63,7 @@ def write(
     if like is None:
         image = MGHImage(values, affine)
     else:
-        with _opened_image(like) as source:
+        with _opened_image(like) as (_, source):
             header = source.header.copy()
         header.set_data_dtype(values.dtype)
         image = MGHImage(values, None, header)
@@ -63,16 +78,22 @@ def _header_of(image):
 
 @contextlib.contextmanager
 def _opened_image(path: str | Path) -> Iterator[Any]:
+    """Yields the bytes of a file and nibabel's image of them."""
     with opened(path) as stream:
-        if not stream.read(1):
+        head = stream.read(DATA_OFFSET)
+        if not head:
             raise file_problem(path, "the file is empty", COPY_AGAIN)
-        stream.seek(0)
-        passed = gzip.BadGzipFile, EOFError
-        with naming_damage(path, "MGH", *passed, said=_said), warnings.catch_warnings():
+        if len(head) < DATA_OFFSET:
+            raise cut_short(path, stream, DATA_OFFSET)
+        reading = naming_damage(path, "MGH", *STREAM_ERRORS)
+        with reading, quiet_nibabel(), warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
-            yield MGHImage.from_stream(stream)
+            check_length(path, stream, _num_bytes(MGHHeader(head)))
+            stream.seek(0)
+            yield stream, MGHImage.from_stream(stream)
 
 
-def _said(error):
-    """What nibabel says; of a file that ends too early, that."""
-    return "it is cut short" if isinstance(error, OSError) else str(error)
+def _num_bytes(header):
+    """How long the file of a header is, without what may follow the voxels."""
+    size = math.prod(map(int, header.get_data_shape()))
+    return DATA_OFFSET + size * header.get_data_dtype().itemsize

@@ -1,38 +1,34 @@
 """NIfTI files: volumes as they are stored, and written into the place of another volume."""
 
 import contextlib
-import gzip
 import io
 import logging
 import math
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
-from nibabel.wrapstruct import WrapStructError
 from numpy.typing import DTypeLike
 
 from jaxseg import geometry
-from jaxseg.data.formats.files import COPY_AGAIN, opened, replaced
+from jaxseg.data.formats.files import (
+    COPY_AGAIN,
+    STREAM_ERRORS,
+    check_length,
+    cut_short,
+    naming_damage,
+    opened,
+    replaced,
+)
 from jaxseg.data.formats.placement import SPACING_FROM, place
 from jaxseg.data.formats.volume import Header, Volume
-from jaxseg.problem import FileProblem, file_problem
+from jaxseg.problem import file_problem
 
 # NIfTI is read so many voxels at a time: no second copy of a volume is ever held.
 _VOXELS_AT_ONCE = 1 << 22
-_MOST_BYTES_PER_GZIP_BYTE = 1032  # what deflate can reach
-_NIFTI_ERRORS = (
-    ImageFileError,
-    HeaderDataError,
-    HeaderTypeError,
-    WrapStructError,
-    ValueError,
-    OverflowError,
-)
 _PLACEMENT_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -76,21 +72,18 @@ def _opened_image(path):
         else:
             raise file_problem(path, "not a NIfTI file, its header has no NIfTI mark", COPY_AGAIN)
         stream.seek(0)
-        try:
+        with naming_damage(path, "NIfTI", *STREAM_ERRORS):
             raw = image_class.header_class.from_fileobj(stream, check=False)
             stream.seek(0)
-            with _quiet_nibabel():
+            with quiet_nibabel():
                 image = image_class.from_stream(stream)
+            check_length(path, stream, _num_bytes(image))
             yield stream, image, np.abs(raw["pixdim"][1:4])
-        except _NIFTI_ERRORS as error:
-            if isinstance(error, FileProblem):
-                raise
-            raise file_problem(path, f"not a readable NIfTI file ({error})", COPY_AGAIN) from error
 
 
 @contextlib.contextmanager
-def _quiet_nibabel():
-    """Keeps back what nibabel says of headers, which names no file; `place` says what matters."""
+def quiet_nibabel() -> Iterator[None]:
+    """Keeps back what nibabel says of headers, which names no file; what matters is said by us."""
     logger = nibabel.imageglobals.logger
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -190,27 +183,22 @@ def _read_voxels(path, stream, image, dtype):
     """The values of a nibabel image whose file is open as `stream`, in the file's order."""
     stored, scaling = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter)
     size = math.prod(image.shape)
-    num_expected = image.dataobj.offset + size * stored.itemsize
-    packed = isinstance(stream, gzip.GzipFile)
-    num_possible = os.path.getsize(path) * (_MOST_BYTES_PER_GZIP_BYTE if packed else 1)
-    if num_expected > num_possible:  # before memory is asked for
-        raise _cut_short(path, stream, num_expected)
     values = np.empty(size, dtype or apply_read_scaling(np.zeros(1, stored), *scaling).dtype)
     stream.seek(image.dataobj.offset)
     for start in range(0, size, _VOXELS_AT_ONCE):
         piece = values[start : start + _VOXELS_AT_ONCE]
         content = stream.read(piece.size * stored.itemsize)
         if len(content) < piece.size * stored.itemsize:
-            raise _cut_short(path, stream, num_expected)
+            raise cut_short(path, stream, _num_bytes(image))
         with np.errstate(over="ignore"):
             piece[:] = apply_read_scaling(np.frombuffer(content, stored), *scaling)
     stream.seek(0, io.SEEK_END)  # where a gzip file has its check sum
     return values
 
 
-def _cut_short(path, stream, num_expected):
-    num_held = stream.seek(0, io.SEEK_END)
-    return file_problem(path, f"cut short, it holds {num_held} of {num_expected} bytes", COPY_AGAIN)
+def _num_bytes(image):
+    """How long the file of a nibabel image is."""
+    return image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
 
 
 def _nifti_image(path, values, affine, like):

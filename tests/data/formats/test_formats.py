@@ -224,12 +224,37 @@ def test_what_is_missing_of_a_metaimage_is_named(tmp_path):
         images.read_image(tmp_path / "b.mhd")
 
 
-def test_a_cut_file_of_freesurfer_says_so(tmp_path):
+@pytest.mark.parametrize("num_held", [90, 283, 400, 787])
+def test_a_cut_file_of_freesurfer_says_so(tmp_path, caplog, num_held):
     labels.write_label(tmp_path / "a.mgh", np.zeros((9, 8, 7), np.uint8), np.eye(4), None)
     content = (tmp_path / "a.mgh").read_bytes()
-    (tmp_path / "a.mgh").write_bytes(content[:400])
-    with pytest.raises(FileProblem, match=r"a\.mgh: not a readable MGH file \(it is cut short"):
+    (tmp_path / "a.mgh").write_bytes(content[:num_held])
+    num_expected = 284 if num_held < 284 else 284 + 9 * 8 * 7
+    match = rf"a\.mgh: cut short, it holds {num_held} of {num_expected} bytes; copy it again"
+    with pytest.raises(FileProblem, match=match):
         images.read_image(tmp_path / "a.mgh")
+    (tmp_path / "a.mgh").write_bytes(b"\1" + content[1:])
+    with pytest.raises(FileProblem, match="Unknown MGH format version"):
+        images.read_image(tmp_path / "a.mgh")
+    assert not caplog.records  # of nibabel, without the name of the file
+
+
+@pytest.mark.parametrize("suffix", [".mgz", ".nii.gz"])
+def test_a_packed_file_that_is_damaged_is_not_read_as_other_values(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 200, (9, 8, 7)).astype(np.uint8)
+    labels.write_label(path, label, np.eye(4), range(200))
+    content, num_refused = path.read_bytes(), 0
+    for place in range(len(content) - 200, len(content) - 10, 5):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(labels.decode_label(path).values, label)
+        except FileProblem:
+            num_refused += 1
+    assert num_refused > 30
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".mgh", ".nrrd", ".mha"])
