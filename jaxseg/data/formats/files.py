@@ -5,7 +5,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxseg.problem import FileProblem, file_problem
@@ -56,6 +56,14 @@ def cut_short(path: str | Path, stream: io.BufferedIOBase, num_expected: int) ->
     """Words that a stream ends too early."""
     num_held = stream.seek(0, io.SEEK_END)
     return file_problem(path, f"cut short, it holds {num_held} of {num_expected} bytes", COPY_AGAIN)
+
+
+def refuse_missing(path: str | Path, others: Sequence[str]) -> None:
+    """Raises FileProblem where a file that a header names for its voxels is not there."""
+    for other in others:
+        if not os.path.isfile(other):
+            wrong = f"its data file {other} is missing"
+            raise file_problem(path, wrong, "copy both from the source")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from jaxseg.data.formats.extra import needing_extra
-from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
+from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened, refuse_missing
 from jaxseg.data.formats.volume import Header, Volume
 from jaxseg.problem import file_problem
 from jaxseg.run.writers import replacing
 
-_DATA_FILE = re.compile(rb"^ElementDataFile\s*=\s*(.+?)\s*$", re.MULTILINE)
+_DATA_FILE = re.compile(rb"^ElementDataFile\s*[=:]\s*(.+?)\s*$", re.MULTILINE)
+_PACKED = re.compile(rb"^CompressedData\s*[=:]\s*[Tt1]", re.MULTILINE)
 _MAX_HEADER = 1 << 20
+_BYTES_AT_ONCE = 1 << 16
 _TO_RAS = np.array([-1.0, -1.0, 1.0])  # ITK's world has its axes to the left and to the back
 
 
@@ -101,12 +104,15 @@ def _reading(path: str | Path) -> Iterator[tuple[Callable[[], np.ndarray], Heade
     with needing_extra(path):
         import SimpleITK as sitk
     with opened(path) as stream:
-        if not stream.read(1):
-            raise file_problem(path, "the file is empty", COPY_AGAIN)
-    for beside in files_beside(path):
-        if not os.path.isfile(beside):
-            wrong = f"its data file {beside} is missing"
-            raise file_problem(path, wrong, "copy both from the source")
+        head = stream.read(_MAX_HEADER)
+    if not head:
+        raise file_problem(path, "the file is empty", COPY_AGAIN)
+    data_line = _DATA_FILE.search(head)
+    if data_line is None:
+        wrong = "not a MetaImage file or cut short, its header has no ElementDataFile"
+        raise file_problem(path, wrong, COPY_AGAIN)
+    others = files_beside(path)
+    refuse_missing(path, others)
     with naming_damage(path, "MetaImage", said=_last_line):
         reader = sitk.ImageFileReader()
         reader.SetFileName(os.fspath(path))
@@ -123,7 +129,26 @@ def _reading(path: str | Path) -> Iterator[tuple[Callable[[], np.ndarray], Heade
             plain,
             _affine(reader.GetDirection(), reader.GetSpacing(), reader.GetOrigin()),
         )
-        yield lambda: sitk.GetArrayFromImage(reader.Execute()), header
+
+        def values_of():
+            if _PACKED.search(head[: data_line.start()]):
+                start = 0 if others else head.index(b"\n", data_line.start(1)) + 1
+                for packed in others or [os.fspath(path)]:
+                    _check_packed(packed, start)
+            return sitk.GetArrayFromImage(reader.Execute())
+
+        yield values_of, header
+
+
+def _check_packed(path, start):
+    """Refuses packed voxels that are damaged, of which ITK makes other voxels without an error."""
+    unpack = zlib.decompressobj(zlib.MAX_WBITS | 32)  # with the mark of zlib or of gzip
+    with open(path, "rb") as file:
+        file.seek(start)
+        while not unpack.eof and (content := file.read(_BYTES_AT_ONCE)):
+            unpack.decompress(content)
+    if not unpack.eof:
+        raise file_problem(path, "cut short, its packed voxels have no end", COPY_AGAIN)
 
 
 def _affine(direction, spacing, origin):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxseg.data.formats.extra import needing_extra
-from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened
+from jaxseg.data.formats.files import COPY_AGAIN, naming_damage, opened, refuse_missing
 from jaxseg.data.formats.volume import Header, Remark, Volume
 from jaxseg.problem import file_problem
 from jaxseg.run.writers import replacing
@@ -126,12 +126,9 @@ def _reading(path: str | Path) -> Iterator[Any]:
     with opened(path) as stream:
         if stream.read(4) != b"NRRD":
             raise file_problem(path, "not an NRRD file, it does not start with NRRD", COPY_AGAIN)
-    try:
-        with naming_damage(path, "NRRD", FileNotFoundError):
-            yield nrrd
-    except FileNotFoundError as error:  # what a detached header names
-        wrong = f"its data file {error.filename} is missing"
-        raise file_problem(path, wrong, "copy both from the source") from error
+    refuse_missing(path, files_beside(path))
+    with naming_damage(path, "NRRD"):
+        yield nrrd
 
 
 def _spatial_axes(fields):

@@ -211,6 +211,30 @@ def test_a_volume_whose_space_is_a_number_of_axes_is_answered_so(tmp_path):
         assert getattr(written, part)() == getattr(source, part)()
 
 
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+def test_a_header_whose_voxels_are_elsewhere_is_not_described_without_them(tmp_path, suffix):
+    sitk, image = sitk_image(np.zeros((9, 8, 7), np.int16))
+    sitk.WriteImage(image, str(tmp_path / f"a{suffix}"))
+    (tmp_path / "a.raw").unlink()
+    match = rf"a\{suffix}: its data file .*a\.raw is missing; copy both"
+    for read in (images.read_image, images.bytes_to_read, labels.decode_label):
+        with pytest.raises(FileProblem, match=match):
+            read(tmp_path / f"a{suffix}")
+
+
+def test_packed_voxels_beside_a_header_are_checked(tmp_path):
+    sitk, image = sitk_image(np.arange(504, dtype=np.int16).reshape(9, 8, 7))
+    sitk.WriteImage(image, str(tmp_path / "a.mhd"), useCompression=True)
+    assert images.read_image(tmp_path / "a.mhd")[0].max() == 503
+    content = (tmp_path / "a.zraw").read_bytes()
+    (tmp_path / "a.zraw").write_bytes(content[:-30])
+    with pytest.raises(FileProblem, match=r"a\.zraw: cut short, its packed voxels have no end"):
+        images.read_image(tmp_path / "a.mhd")
+    (tmp_path / "a.zraw").write_bytes(content[:100] + b"\0\0" + content[102:])
+    with pytest.raises(FileProblem, match=r"a\.mhd: not a readable MetaImage file \("):
+        images.read_image(tmp_path / "a.mhd")
+
+
 def test_what_is_missing_of_a_metaimage_is_named(tmp_path):
     sitk, image = sitk_image(np.zeros((9, 8, 7), np.int16))
     sitk.WriteImage(image, str(tmp_path / "a.mha"))
@@ -218,10 +242,10 @@ def test_what_is_missing_of_a_metaimage_is_named(tmp_path):
     (tmp_path / "a.mha").write_bytes(content[:-40])
     with pytest.raises(FileProblem, match=r"a\.mha: .*its data is cut short\); copy it again"):
         images.read_image(tmp_path / "a.mha")
-    sitk.WriteImage(image, str(tmp_path / "b.mhd"))
-    (tmp_path / "b.raw").unlink()
-    with pytest.raises(FileProblem, match=r"b\.mhd: its data file .*b\.raw is missing; copy both"):
-        images.read_image(tmp_path / "b.mhd")
+    for other in (content[:150], b"\x89PNG and so on"):
+        (tmp_path / "a.mha").write_bytes(other)
+        with pytest.raises(FileProblem, match="not a MetaImage file or cut short, its header has"):
+            images.read_image(tmp_path / "a.mha")
 
 
 @pytest.mark.parametrize("num_held", [90, 283, 400, 787])
@@ -239,7 +263,7 @@ def test_a_cut_file_of_freesurfer_says_so(tmp_path, caplog, num_held):
     assert not caplog.records  # of nibabel, without the name of the file
 
 
-@pytest.mark.parametrize("suffix", [".mgz", ".nii.gz"])
+@pytest.mark.parametrize("suffix", [".mgz", ".nii.gz", ".nrrd", ".mha"])
 def test_a_packed_file_that_is_damaged_is_not_read_as_other_values(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     rng = np.random.default_rng(0)
