@@ -18,6 +18,8 @@ from jaxseg.run.writers import replacing
 
 _DATA_FILE = re.compile(rb"^ElementDataFile\s*[=:]\s*(.+?)\s*$", re.MULTILINE)
 _PACKED = re.compile(rb"^CompressedData\s*[=:]\s*[Tt1]", re.MULTILINE)
+# Names with a number, its first, last and step.
+_SLICES = re.compile(r"([^%\s]*%\d*d[^%\s]*)\s+(\d+)\s+(\d+)(?:\s+([1-9]\d*))?")
 _MAX_HEADER = 1 << 20
 _BYTES_AT_ONCE = 1 << 16
 _TO_RAS = np.array([-1.0, -1.0, 1.0])  # ITK's world has its axes to the left and to the back
@@ -34,10 +36,9 @@ def files_beside(path: str | Path) -> list[str]:
     names = [value]
     if found and value.upper().startswith("LIST"):
         names = os.fsdecode(header[found.end() :]).split()
-    elif "%" in value:  # of slices: their names with a number, its first, last and step
-        pattern, *numbers = value.split()
-        first, last, step = (*map(int, numbers), 1)[:3]
-        names = [pattern % number for number in range(first, last + 1, step)]
+    elif slices := _SLICES.fullmatch(value):
+        first, last, step = (int(number or 1) for number in slices.groups()[1:])
+        names = [slices[1] % number for number in range(first, last + 1, step)]
     return [os.path.join(os.path.dirname(path), name) for name in names]
 
 

@@ -22,8 +22,8 @@ _SPACES = {
     "left-anterior-superior": (-1, 1, 1),
     "left-posterior-superior": (-1, -1, 1),
 }
-_SHORT = {"RAS": "right-anterior-superior", "LAS": "left-anterior-superior"}
-_SHORT["LPS"] = "left-posterior-superior"
+_SHORT = {"ras": "right-anterior-superior", "las": "left-anterior-superior"}
+_SHORT["lps"] = "left-posterior-superior"
 _MM = {"mm": 1.0, "millimeter": 1.0, "cm": 10.0, "m": 1000.0, "meter": 1000.0, "": 1.0}
 _MM |= {"um": 0.001, "µm": 0.001, "micron": 0.001, "microns": 0.001}
 _TYPES = {
@@ -100,7 +100,8 @@ def write(
         if "space directions" in source:
             directions = np.asarray(source["space directions"], np.float64)[axes]
         else:
-            fields["spacings"] = [source.get("spacings", [1.0] * len(axes))[axis] for axis in axes]
+            spacings = source.get("spacings", np.ones(source["dimension"]))
+            fields["spacings"] = [spacings[axis] for axis in axes]
             directions = None
     num_axes = len(fields["spacings"] if directions is None else directions)
     others = values.ndim - num_axes
@@ -174,7 +175,7 @@ def _header_of(path, fields):
     if len(sizes) > len(axes):
         shape.append(sizes[_channel_axis(path, fields)])
     dtype = np.dtype(_dtype_of(path, fields))
-    space = fields.get("space", "left-posterior-superior")
+    space = fields.get("space", "left-posterior-superior").lower()
     space = _SHORT.get(space, space)
     if space not in _SPACES:
         raise file_problem(
@@ -184,6 +185,9 @@ def _header_of(path, fields):
     if "space directions" in fields:
         directions = np.asarray(fields["space directions"], np.float64)[axes]
         affine[: directions.shape[1], : len(axes)] = directions.T
+        if directions.shape == (2, 3):  # a slice in space: the third axis stands upright on it
+            normal = np.cross(*directions)
+            affine[:3, 2] = normal / (np.linalg.norm(normal) or 1)
     else:
         spacings = fields.get("spacings", np.ones(len(sizes)))
         affine[range(len(axes)), range(len(axes))] = [spacings[axis] for axis in axes]

@@ -196,6 +196,49 @@ def test_a_slice_of_itk_is_read_and_answered_with_one(tmp_path, suffix):
     np.testing.assert_array_equal(images.read_image(tmp_path / f"p{suffix}")[0], probs)
 
 
+@pytest.mark.parametrize("has_spacings", [True, False])
+def test_channels_first_without_a_space_are_answered(tmp_path, has_spacings):
+    nrrd = pytest.importorskip("nrrd")
+    values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    spacings = {"spacings": [np.nan, 0.5, 2]} if has_spacings else {}
+    nrrd.write(str(tmp_path / "a.nrrd"), values, {"kinds": ["list", "domain", "domain"]} | spacings)
+    image, affine = images.read_image(tmp_path / "a.nrrd")
+    np.testing.assert_array_equal(image[:, :, 0], np.moveaxis(values, 0, -1))
+    np.testing.assert_array_equal(
+        np.abs(np.diag(affine)), [*([0.5, 2] if has_spacings else [1, 1]), 1, 1]
+    )
+    labels.write_label(
+        tmp_path / "l.nrrd", image[..., 0].astype(np.uint8), affine, range(30), tmp_path / "a.nrrd"
+    )
+    label, label_affine = labels.read_label(tmp_path / "l.nrrd", LabelCoding(tuple(range(30))))
+    np.testing.assert_array_equal(label[:, :, 0], values[0])
+    np.testing.assert_array_equal(label_affine, affine)
+
+
+def test_a_slice_in_space_stands_upright_on_its_third_axis(tmp_path):
+    nrrd = pytest.importorskip("nrrd")
+    fields = {
+        "space": "LPS",
+        "space directions": [[0, 0.5, 0], [0, 0, 2]],
+        "space origin": [7, 8, 9],
+    }
+    nrrd.write(str(tmp_path / "a.nrrd"), np.ones((3, 4), np.int16), fields)
+    affine = images.describe_image(tmp_path / "a.nrrd").affine
+    expected = [[0, 0, -1, -7], [-0.5, 0, 0, -8], [0, 2, 0, 9], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(affine, expected)
+
+
+@pytest.mark.parametrize("space", ["LPS", "lps", "Left-Posterior-Superior"])
+def test_the_case_of_a_space_does_not_matter(tmp_path, space):
+    nrrd = pytest.importorskip("nrrd")
+    sitk = pytest.importorskip("SimpleITK")
+    path = tmp_path / "a.nrrd"
+    fields = {"space": space, "space directions": np.eye(3), "space origin": [7, 8, 9]}
+    nrrd.write(str(path), np.ones((3, 4, 5), np.int16), fields)
+    np.testing.assert_array_equal(images.describe_image(path).affine[:3, 3], [-7, -8, 9])
+    assert sitk.ReadImage(str(path)).GetOrigin() == (7, 8, 9)
+
+
 def test_a_volume_whose_space_is_a_number_of_axes_is_answered_so(tmp_path):
     nrrd = pytest.importorskip("nrrd")
     sitk = pytest.importorskip("SimpleITK")
@@ -361,6 +404,8 @@ def test_voxels_beside_a_header_are_files_of_the_image(tmp_path, suffix):
         ("LOCAL", []),
         ("a b.raw", ["a b.raw"]),
         ("s%02d.raw 1 5 2", ["s01.raw", "s03.raw", "s05.raw"]),
+        ("50% dose.raw", ["50% dose.raw"]),
+        ("100%.raw", ["100%.raw"]),
         ("LIST\nx.raw\ny.raw", ["x.raw", "y.raw"]),
     ],
 )
