@@ -24,7 +24,7 @@ from jaxseg.data.formats.files import (
     replaced,
 )
 from jaxseg.data.formats.placement import SPACING_FROM, place
-from jaxseg.data.formats.volume import Header, Volume
+from jaxseg.data.formats.volume import Header, Remark, Volume
 from jaxseg.problem import file_problem
 
 # NIfTI is read so many voxels at a time: no second copy of a volume is ever held.
@@ -42,8 +42,8 @@ def read_header(path: str | Path, spacing_from: str) -> Header:
     Raises:
       FileProblem: The file is missing, damaged, of another kind, or holds no real numbers.
     """
-    with _opened_image(path) as (_, image, pixdim):
-        return _header_of(path, image, pixdim, spacing_from)
+    with _opened_image(path) as (_, image, raw):
+        return _header_of(path, image, raw, spacing_from)
 
 
 def read(path: str | Path, dtype: DTypeLike | None, spacing_from: str) -> Volume:
@@ -52,15 +52,15 @@ def read(path: str | Path, dtype: DTypeLike | None, spacing_from: str) -> Volume
     Raises:
       FileProblem: As `read_header`, also if values are missing.
     """
-    with _opened_image(path) as (stream, image, pixdim):
-        header = _header_of(path, image, pixdim, spacing_from)
+    with _opened_image(path) as (stream, image, raw):
+        header = _header_of(path, image, raw, spacing_from)
         values = _read_voxels(path, stream, image, dtype)
         return Volume(values.reshape(header.shape, order="F"), header.affine, header.remarks)
 
 
 @contextlib.contextmanager
 def _opened_image(path):
-    """Yields the bytes of a file, nibabel's image of them, and pixdim before nibabel mends it."""
+    """Yields the bytes of a file, nibabel's image of them, and the header as it was before."""
     with opened(path) as stream:
         mark = stream.read(348)
         if not mark:
@@ -78,7 +78,7 @@ def _opened_image(path):
             with quiet_nibabel():
                 image = image_class.from_stream(stream)
             check_length(path, stream, _num_bytes(image))
-            yield stream, image, np.abs(raw["pixdim"][1:4])
+            yield stream, image, raw
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def quiet_nibabel() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _header_of(path, image, pixdim, spacing_from):
+def _header_of(path, image, raw, spacing_from):
     dtype, shape = image.get_data_dtype(), _plain_shape(image.shape)
     if dtype.fields or dtype.kind not in "iufb":
         raise file_problem(
@@ -107,7 +107,7 @@ def _header_of(path, image, pixdim, spacing_from):
             f"{len(shape)} axes, shape {list(shape)}, where 3 or 4 are expected",
             "save it as [X, Y, Z] or [X, Y, Z, C]",
         )
-    affine, remarks = _placement(image, pixdim, spacing_from)
+    affine, remarks = _placement(image, raw, spacing_from)
     return Header(shape, dtype, affine, remarks)
 
 
@@ -124,20 +124,26 @@ def _plain_shape(shape):
     return (*shape, 1) if len(shape) == 2 else shape
 
 
-def _placement(image, pixdim, spacing_from):
+def _placement(image, raw, spacing_from):
     header = image.header
     sform, sform_code = header.get_sform(coded=True)
     qform_code = int(header["qform_code"])
-    return place(
+    affine, remarks = place(
         sform=sform,  # None where the code is 0
         qform=_qform(header) if qform_code > 0 else None,
         same_code=sform_code == qform_code,
-        pixdim=pixdim,
+        pixdim=np.abs(raw["pixdim"][1:4]),
         unit=int(header["xyzt_units"]) & 7,
         default=header.get_base_affine(),
         shape=(*image.shape, 1, 1)[:3],
         spacing_from=spacing_from,
     )
+    dropped = [name for name in ("sform_code", "qform_code") if raw[name] != header[name]]
+    if dropped:
+        detail = ", ".join(f"{name} {raw[name]}" for name in dropped)
+        kind = "a code that NIfTI does not know, what it stands beside is not taken, as ITK does"
+        remarks = (Remark(kind, detail), *remarks)
+    return affine, remarks
 
 
 def _qform(header):
@@ -206,8 +212,8 @@ def _nifti_image(path, values, affine, like):
         image = nibabel.Nifti1Image(values, affine, dtype=values.dtype)
         image.header.set_xyzt_units("mm")
         return image
-    with _opened_image(like) as (_, source, pixdim):
-        places = [_placement(source, pixdim, spacing_from)[0] for spacing_from in SPACING_FROM]
+    with _opened_image(like) as (_, source, raw):
+        places = [_placement(source, raw, spacing_from)[0] for spacing_from in SPACING_FROM]
     if _plain_shape(source.shape)[:3] != values.shape[:3] or all(
         geometry.grid_difference(place, affine, values.shape) > geometry.SAME_GRID_VOXELS
         for place in places

@@ -132,6 +132,27 @@ def test_an_impossible_quaternion_beside_a_good_matrix_is_said(tmp_path):
         images.read_image(path)
 
 
+def test_a_form_of_an_unknown_code_is_not_taken_and_that_is_said(tmp_path, caplog):
+    turned = affine_of(TRUE, turn=np.eye(3))
+    for sform_code, qform_code, taken, detail in (
+        (9, 1, turned, "sform_code 9"),
+        (1, 7, affine_of(TRUE), "qform_code 7"),
+        (9, -1, None, "sform_code 9, qform_code -1"),
+    ):
+        path = save(tmp_path / "a.nii", affine_of(TRUE), 1, turned, 1, TRUE)
+        raw = bytearray(path.read_bytes())
+        struct.pack_into("<2h", raw, 252, qform_code, sform_code)
+        path.write_bytes(raw)
+        header = images.describe_image(path)
+        if taken is not None:
+            np.testing.assert_allclose(header.affine, taken, rtol=1e-6)
+            np.testing.assert_allclose(header.affine, itk_affine(path), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(header.affine[:3, :3], axis=0), TRUE, rtol=1e-6)
+        [remark] = header.remarks
+        assert remark.kind.startswith("a code that NIfTI does not know") and remark.detail == detail
+    assert not caplog.records
+
+
 def test_a_header_without_place_and_spacing_is_said_by_name(tmp_path, caplog):
     path = save(tmp_path / "a.nii", None, pixdim=(0.0, 1.5, 0.0))
     caplog.clear()
