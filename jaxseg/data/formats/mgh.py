@@ -21,8 +21,14 @@ from jaxseg.data.formats.files import (
     replaced,
 )
 from jaxseg.data.formats.nifti import quiet_nibabel
-from jaxseg.data.formats.volume import Header, Volume
+from jaxseg.data.formats.volume import Header, Remark, Volume
 from jaxseg.problem import file_problem
+
+_HAS_PLACE = 28  # where the header says whether it says a place
+_NO_PLACE = Remark(
+    "the header says neither place nor spacing, 1 mm is taken, as FreeSurfer does",
+    "its goodRASFlag is 0",
+)
 
 
 def read_header(path: str | Path, spacing_from: str) -> Header:
@@ -31,21 +37,21 @@ def read_header(path: str | Path, spacing_from: str) -> Header:
     Raises:
       FileProblem: The file is missing, damaged or of another kind.
     """
-    with _opened_image(path) as (_, image):
-        return _header_of(image)
+    with _opened_image(path) as (stream, image):
+        return _header_of(stream, image)
 
 
 def read(path: str | Path, dtype: Any, spacing_from: str) -> Volume:
     """The values, frames last, of `dtype` or the file's own; raises as `read_header`."""
     with _opened_image(path) as (stream, image):
-        header, num_expected = _header_of(image), _num_bytes(image.header)
+        header, num_expected = _header_of(stream, image), _num_bytes(image.header)
         stream.seek(DATA_OFFSET)
         content = stream.read(num_expected - DATA_OFFSET)
         if stream.tell() < num_expected:
             raise cut_short(path, stream, num_expected)
         stream.seek(0, io.SEEK_END)  # where a gzip file has its check sum
         values = np.frombuffer(content, header.dtype).reshape(header.shape, order="F")
-        return Volume(values.astype(dtype or header.dtype), header.affine)
+        return Volume(values.astype(dtype or header.dtype), header.affine, header.remarks)
 
 
 def write(
@@ -71,9 +77,12 @@ def write(
         image.to_stream(file)
 
 
-def _header_of(image):
+def _header_of(stream, image):
     shape = image.shape[:3] if image.shape[3:] == (1,) else image.shape
-    return Header(shape, image.get_data_dtype(), np.asarray(image.affine, np.float64))
+    stream.seek(_HAS_PLACE)  # of which nibabel says nothing any more
+    unsaid = not int.from_bytes(stream.read(2), "big")
+    remarks = (_NO_PLACE,) if unsaid else ()
+    return Header(shape, image.get_data_dtype(), np.asarray(image.affine, np.float64), remarks)
 
 
 @contextlib.contextmanager

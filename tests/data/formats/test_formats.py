@@ -306,6 +306,17 @@ def test_a_cut_file_of_freesurfer_says_so(tmp_path, caplog, num_held):
     assert not caplog.records  # of nibabel, without the name of the file
 
 
+def test_a_volume_of_freesurfer_without_place_is_said(tmp_path):
+    path = tmp_path / "a.mgh"
+    labels.write_label(path, np.zeros((9, 8, 7), np.uint8), np.diag([2.0, 3, 4, 1]), None)
+    assert not images.describe_image(path).remarks
+    content = path.read_bytes()
+    path.write_bytes(content[:28] + b"\0\0" + content[30:])
+    for found in (images.describe_image(path), images.read_volume(path)):
+        np.testing.assert_allclose(np.linalg.norm(found.affine[:3, :3], axis=0), 1)
+        assert "neither place nor spacing, 1 mm is taken" in found.remarks[0].kind
+
+
 @pytest.mark.parametrize("suffix", [".mgz", ".nii.gz", ".nrrd", ".mha"])
 def test_a_packed_file_that_is_damaged_is_not_read_as_other_values(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
