@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxseg.data.formats import registry
-from jaxseg.problem import Problem, printable
+from jaxseg.problem import Problem, name_problems, printable
 from jaxseg.run.writers import json_ready, write_text
 
 RECORDS_NAME = "predictions.json"
@@ -72,7 +72,8 @@ def find_images(
     Returns:
       List of ImageCase in order of case_id.
     Raises:
-      FolderProblem: There is no image, or files would be written twice or over an image.
+      FolderProblem: There is no image, the name of one can not be written down, or files would be
+        written twice or over an image.
     """
     root = Path(input_path)
     if root.is_dir():
@@ -86,6 +87,8 @@ def find_images(
         raise FolderProblem(f"{root} is no {registry.KINDS}; convert it")
     else:
         raise FolderProblem(f"{root}: no such file or folder; correct --input")
+    if problems := name_problems(paths):
+        raise FolderProblem("\n- ".join(problems[:_MAX_NAMED]))
     groups = _channel_groups(paths, num_channels)
     cases = [_case_of(stem, files, root, folder, outputs) for stem, files in groups]
     cases.sort(key=lambda case: (case.case_id, case.path))
@@ -234,7 +237,7 @@ def _images_below(root, folder, recursive):
     if folder == root_resolved:
         raise FolderProblem(f"{root} is --input and --output at once; give another --output")
     output_inside = folder.is_relative_to(root_resolved)
-    images = [
+    return [
         path
         for path in root.glob("**/*" if recursive else "*")
         if registry.is_image(path)
@@ -242,10 +245,6 @@ def _images_below(root, folder, recursive):
         and not (output_inside and path.resolve().is_relative_to(folder))
         and path.is_file()
     ]
-    for path in images:
-        if printable(path) != str(path):
-            raise FolderProblem(f"{printable(path)}: its name is not UTF-8; rename it")
-    return images
 
 
 def _channel_groups(paths, num_channels):

@@ -264,6 +264,8 @@ def test_a_name_that_is_not_utf_8_is_refused_at_once(tmp_path):
     make_files(tmp_path / "in", os.fsdecode(b"M\xfcller.nii"))
     with pytest.raises(predictions.FolderProblem, match="M\ufffdller\\.nii: its name is not UTF-8"):
         find(tmp_path / "in")
+    with pytest.raises(predictions.FolderProblem, match="its name is not UTF-8"):
+        find(tmp_path / "in" / os.fsdecode(b"M\xfcller.nii"))
 
 
 def test_a_picture_that_holds_its_colours_is_named_without_its_number(tmp_path):

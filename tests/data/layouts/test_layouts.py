@@ -265,6 +265,17 @@ def test_a_name_that_is_not_utf_8_is_a_problem(tmp_path):
     touch(tmp_path, f"images/{name}.png", f"masks/{name}.png")
     first, *_ = problems_of(patterns.find, tmp_path, Wanted())
     assert first == f"{tmp_path}/images/M\ufffdller.png: its name is not UTF-8; rename it"
+    (tmp_path / "masks" / f"{name}.png").unlink()  # what is said of the rest can be written too
+    problems = problems_of(patterns.find, tmp_path, Wanted())
+    assert len(problems) == 2 and "masks/M\ufffdller.png is missing" in "".join(problems)
+    "".join(problems).encode()
+
+
+def test_a_listed_name_that_no_file_can_have_is_missing(tmp_path):
+    touch(tmp_path, "l.nii")
+    msd(tmp_path, numTraining=1, training=[{"image": "\ud800.nii", "label": "l.nii"}])
+    [problem] = problems_of(decathlon.find, tmp_path)
+    assert "\ufffd.nii is listed but missing" in problem
 
 
 @pytest.mark.parametrize("value", [1.7, "1.7", float("nan"), 1e999, [1], True])
