@@ -1,14 +1,14 @@
-"""JSON files that describe a folder, and the files that they name."""
+"""What a folder holds: JSON files that describe it, the files that they name, and others."""
 
 import codecs
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxseg.data.formats import registry
+from jaxseg.data.formats.files import absence
 from jaxseg.problem import printable
 
 # Of files that nothing lists, so many are named.
@@ -92,21 +92,27 @@ def leaves(root: str | Path, path: str) -> bool:
     return os.path.commonpath([whole, root]) != root
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The images and labels in a folder that can be read, hidden files aside, in order."""
-    return [
-        path
-        for path in sorted(folder.glob("*"))
-        if not path.name.startswith(".") and registry.is_image(path) and path.is_file()
-    ]
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds but for what is hidden, links to nothing too, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def broken_links(files: Sequence[Path]) -> list[str]:
-    """One sentence for each link that leads to nothing."""
+def files_in(folder: Path) -> list[Path]:
+    """The `entries` that are no folders."""
+    return [path for path in entries(folder) if not path.is_dir()]
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to nothing."""
+    return path.is_symlink() and not path.exists()
+
+
+def broken_links(files: Iterable[Path]) -> list[str]:
+    """One sentence for each link to nothing."""
     return [
-        f"{file}: is a link to {os.readlink(file)}, where nothing is; mend or remove it"
-        for file in files
-        if file.is_symlink() and not file.exists()
+        f"{file}: is {absence(file)}; mend or remove it" for file in filter(leads_nowhere, files)
     ]
 
 

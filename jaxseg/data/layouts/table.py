@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
+from jaxseg.data.formats.files import absence
 from jaxseg.data.label_values import class_problems
 from jaxseg.data.layouts import listing
 from jaxseg.data.layouts.wanted import Wanted
@@ -111,7 +112,7 @@ def _case(path, number, row, images, problems):
     files = [listing.resolved(path.parent, cells[name]) for name in images]
     label = listing.resolved(path.parent, cells["label"]) if cells["label"] else None
     problems += [
-        f"{where}: {file} is missing; correct the path, which is relative to the table's folder"
+        f"{where}: {file} is {absence(file)}; correct its path, relative to the table's folder"
         for file in (*files, *([label] if label else []))
         if not os.path.isfile(file)
     ]
