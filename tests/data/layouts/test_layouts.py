@@ -388,6 +388,14 @@ def test_all_problems_of_a_table(tmp_path):
     path.write_text("case,image_T1,Image_T1,label\na,a.png,m.png,m.png\n")
     [problem] = problems_of(table.find, path, Wanted())
     assert "several columns are named image_T1" in problem and "name each once" in problem
+    path.write_text(" case,Image,IMAGE,label,,,\na,a.png,m.png,m.png,,,\n")
+    [problem] = problems_of(table.find, path, Wanted())
+    assert "several columns are named image;" in problem
+    path.write_text("case,image,label,,\na,a.png,m.png,,seen\n")
+    [problem] = problems_of(table.find, path, Wanted())
+    assert "column 'number 5' is unknown" in problem
+    path.write_text("case,image,label,,\na,a.png,m.png,,\n")  # as spreadsheets leave it
+    assert len(table.find(path, Wanted()).cases) == 1
     path.write_text("")
     assert "is empty" in problems_of(table.find, path, Wanted())[0]
 
