@@ -3,8 +3,8 @@
 Reference: Simpson et al. 2019, arXiv:1902.09063.
 """
 
-import json
 import os
+import reprlib
 from pathlib import Path
 
 from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
@@ -104,7 +104,7 @@ def _training_entries(path, content, problems):
             entries.append(tuple(names))
         else:
             problems.append(
-                f'{path}: entry {position} of "training" is {json.dumps(entry)}; '
+                f'{path}: entry {position} of "training" is {reprlib.repr(entry)}; '
                 'write {"image": "imagesTr/…", "label": "labelsTr/…"}'
             )
     return entries

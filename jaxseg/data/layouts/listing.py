@@ -25,13 +25,23 @@ def load_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
         )
         return None
     try:
-        content = json.loads(raw.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         problems.append(f"{path}: not valid JSON ({error}); correct it there")
         return None
     if not isinstance(content, dict):
         problems.append(f"{path}: holds a {type(content).__name__}, not an object; correct it")
         return None
+    return content
+
+
+def _object(pairs):
+    """The object of these pairs, of which JSON's reader would silently keep the last of a key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} comes twice")
     return content
 
 
@@ -44,17 +54,21 @@ def numbered_names(
     if not isinstance(names, dict) or not names:
         problems.append(f'{path}: "{key}" is missing or empty; write {example}')
         return {}
+    pairs = list(names.items())
     if _are_numbers(names.values()) and not _are_numbers(names):  # as nnU-Net writes them
-        names = {number: name for name, number in names.items()}
+        pairs = [(number, name) for name, number in pairs]
     try:
-        return {number: str(names[text]) for number, text in sorted((int(t), t) for t in names)}
+        numbered = dict(sorted((int(number), str(name)) for number, name in pairs))
     except ValueError:
         problems.append(f'{path}: "{key}" has keys {list(names)}, not numbers; write {example}')
         return {}
+    if len(numbered) < len(pairs):
+        problems.append(f'{path}: "{key}" gives one number to several names; correct it')
+    return numbered
 
 
 def _are_numbers(values):
-    return all(str(value).isdigit() for value in values)
+    return all(str(value).isdecimal() for value in values)
 
 
 def check_channel_numbers(

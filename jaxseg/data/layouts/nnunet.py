@@ -5,6 +5,7 @@ Reference: nnU-Net's documentation/dataset_format.md.
 
 import os
 import re
+import reprlib
 from pathlib import Path
 
 from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
@@ -91,7 +92,9 @@ def _labels(path, content, problems):
         if any(float(labels[name]) != value for name, value in values.items()):
             raise ValueError("not whole")
     except (OverflowError, TypeError, ValueError):
-        problems.append(f'{path}: "labels" has values {list(labels.values())}; write {example}')
+        problems.append(
+            f'{path}: "labels" has values {reprlib.repr(list(labels.values()))}; write {example}'
+        )
         return {}, ()
     ignore = tuple(value for name, value in values.items() if name == "ignore")
     classes = {value: name for name, value in values.items() if name != "ignore"}
@@ -131,7 +134,7 @@ def _table_cases(path, table, num_channels, problems):
         images, label = entry.get("images"), entry.get("label")
         if not isinstance(images, list) or not isinstance(label, str | None):
             problems.append(
-                f'{path}: case {case_id} of "dataset" is {files!r}; write '
+                f'{path}: case {case_id} of "dataset" is {reprlib.repr(files)}; write '
                 '{"images": [...], "label": ...}'
             )
             continue

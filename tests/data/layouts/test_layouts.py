@@ -344,6 +344,35 @@ def test_a_label_of_nnunet_is_a_whole_number(nnunet_root, value):
     assert any('"labels" has' in problem for problem in problems_of(nnunet.find, nnunet_root))
 
 
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ({"background": 0, "a": 1, "b": 1}, "gives one number to several names"),
+        ({"0": "background", "1": "a", "01": "b"}, "gives one number to several names"),
+        ({"0": "background", "1.7": "a"}, "has keys ['0', '1.7'], not numbers"),
+        ({"background": 0, "a": "\u00b2"}, "has keys ['background', 'a'], not numbers"),
+    ],
+)
+def test_each_class_of_the_decathlon_has_a_number_of_its_own(tmp_path, labels, wrong):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
+    msd(tmp_path, labels=labels)
+    [problem] = problems_of(decathlon.find, tmp_path)
+    assert f'"labels" {wrong}' in problem
+
+
+def test_a_key_that_comes_twice_is_not_passed_over(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"file_ending": ".nii", "labels": {"a": 1, "a": 2}}')
+    [problem] = problems_of(find.find_dataset, tmp_path, Wanted())
+    assert "not valid JSON ('a' comes twice)" in problem
+
+
+def test_what_is_no_entry_is_shown_in_short(tmp_path):
+    deep = json.loads("[" * 900 + "]" * 900)
+    msd(tmp_path, training=[deep])
+    assert 'entry 0 of "training" is [[[' in (problem := problems_of(decathlon.find, tmp_path)[0])
+    assert len(problem) < len(str(tmp_path)) + 200
+
+
 def test_a_table(tmp_path):
     touch(tmp_path / "data", "1_t1.nii.gz", "1_t2.nii.gz", "1.nii.gz", "2_t1.mha", "2_t2.mha")
     whole = tmp_path / "data" / "2_t2.mha"
