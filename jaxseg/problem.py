@@ -1,6 +1,8 @@
 """What a user can mend. Commands show such an error as one message, without a traceback."""
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -16,8 +18,17 @@ class FileProblem(Problem, ValueError):
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path with signs of its name that are not UTF-8 replaced, which can not be written."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A path, or what is said of it, with signs of its name that are not UTF-8 replaced."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", os.fspath(path))
+
+
+def name_problems(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """One sentence for each path that can not be written into a file."""
+    return [
+        f"{printable(path)}: its name is not UTF-8; rename it"
+        for path in paths
+        if printable(path) != os.fspath(path)
+    ]
 
 
 def file_problem(path: str | Path, wrong: str, mend: str) -> FileProblem:

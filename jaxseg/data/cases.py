@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from jaxseg.data.label_values import LabelCoding
-from jaxseg.problem import Problem, printable
+from jaxseg.problem import Problem, name_problems, printable
 
 # Of problems that end alike, so many are shown.
 _MAX_ALIKE = 5
@@ -88,7 +88,7 @@ class DatasetProblems(Problem):
 
     def __init__(self, problems: Sequence[str], found: Dataset | None = None, all_in: str = ""):
         super().__init__(problems)
-        self.problems = list(problems)
+        self.problems = [printable(problem) for problem in problems]
         self.found = found
         self.all_in = all_in
 
@@ -128,7 +128,8 @@ def whole_or_problems(dataset: Dataset, problems: Sequence[str]) -> Dataset:
     Raises:
       DatasetProblems: There are problems.
     """
-    problems = [*_name_problems(dataset), *problems]
+    files = [file for case in (*dataset.cases, *dataset.unlabelled) for file in case.paths]
+    problems = [*name_problems(filter(os.path.lexists, files)), *problems]
     dataset = dataclasses.replace(
         dataset, cases=_ordered(dataset.cases), unlabelled=_ordered(dataset.unlabelled)
     )
@@ -137,16 +138,6 @@ def whole_or_problems(dataset: Dataset, problems: Sequence[str]) -> Dataset:
     there = tuple(case for case in dataset.cases if all(map(os.path.isfile, case.paths)))
     found = dataclasses.replace(dataset, cases=there) if dataset.class_names else None
     raise DatasetProblems(problems, found)
-
-
-def _name_problems(dataset):
-    """Names that can not be written into the files of a run."""
-    files = [file for case in (*dataset.cases, *dataset.unlabelled) for file in case.paths]
-    return [
-        f"{printable(file)}: its name is not UTF-8; rename it"
-        for file in files
-        if printable(file) != file
-    ]
 
 
 def _ordered(cases):

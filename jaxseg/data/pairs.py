@@ -17,7 +17,7 @@ from jaxseg.data.formats.volume import Volume, grouped
 from jaxseg.data.images import affine_problems, grid_remarks
 from jaxseg.data.label_values import MAX_CLASSES, LabelCoding
 from jaxseg.data.labels import decode_label, settled_values
-from jaxseg.problem import FileProblem, Problem
+from jaxseg.problem import FileProblem, Problem, name_problems
 from jaxseg.run.log import bar_over
 
 MAX_LISTED = 10
@@ -132,6 +132,7 @@ def _label_files(folder, problems):
         if case_id in found:
             problems.append(f"{path}: {found[case_id]} is the same case; keep one of them")
         found[case_id] = str(path)
+    problems += name_problems(found.values())
     if not found:
         problems.append(f"{folder}: holds no label file ({registry.KINDS}); correct it")
     case_of_map = {c: match[1] for c in found if (match := _MAP.fullmatch(c))}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxseg.data.formats import registry
-from jaxseg.problem import Problem, printable
+from jaxseg.problem import Problem, name_problems, printable
 from jaxseg.run.writers import json_ready, write_text
 
 RECORDS_NAME = "predictions.json"
@@ -35,6 +35,7 @@ class ImageCase:
       files: For the name of each output the path that it is written to.
       channels: Absolute paths of further channels.
       written: All paths that its outputs are written to: a stack's spacing is beside it.
+      lacks: Names of channels that are not there, if it is a channel.
     """
 
     case_id: str
@@ -42,6 +43,7 @@ class ImageCase:
     files: dict[str, str]
     channels: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -72,7 +74,8 @@ def find_images(
     Returns:
       List of ImageCase in order of case_id.
     Raises:
-      FolderProblem: There is no image, or files would be written twice or over an image.
+      FolderProblem: There is no image, the name of one can not be written down, or files would be
+        written twice or over an image.
     """
     root = Path(input_path)
     if root.is_dir():
@@ -86,8 +89,10 @@ def find_images(
         raise FolderProblem(f"{root} is no {registry.KINDS}; convert it")
     else:
         raise FolderProblem(f"{root}: no such file or folder; correct --input")
+    if problems := name_problems(paths):
+        raise FolderProblem("\n- ".join(problems[:_MAX_NAMED]))
     groups = _channel_groups(paths, num_channels)
-    cases = [_case_of(stem, files, root, folder, outputs) for stem, files in groups]
+    cases = [_case_of(stem, files, lacks, root, folder, outputs) for stem, files, lacks in groups]
     cases.sort(key=lambda case: (case.case_id, case.path))
     _refuse_clashes(cases, folder)
     return cases
@@ -234,7 +239,7 @@ def _images_below(root, folder, recursive):
     if folder == root_resolved:
         raise FolderProblem(f"{root} is --input and --output at once; give another --output")
     output_inside = folder.is_relative_to(root_resolved)
-    images = [
+    return [
         path
         for path in root.glob("**/*" if recursive else "*")
         if registry.is_image(path)
@@ -242,35 +247,37 @@ def _images_below(root, folder, recursive):
         and not (output_inside and path.resolve().is_relative_to(folder))
         and path.is_file()
     ]
-    for path in images:
-        if printable(path) != str(path):
-            raise FolderProblem(f"{printable(path)}: its name is not UTF-8; rename it")
-    return images
 
 
 def _channel_groups(paths, num_channels):
-    """(stem, files) of each image."""
-    groups: dict[str, dict[int, Path]] = {}
+    """(stem, files, names of channels that are missing) of each image."""
+    groups: dict[str, list[tuple[int, Path]]] = {}
     alone = []
     for path in paths:
         stem = registry.stem_of(path)
         if match := _CHANNEL.fullmatch(stem):
-            groups.setdefault(match[1], {})[int(match[2])] = path
+            groups.setdefault(match[1], []).append((int(match[2]), path))
         else:
-            alone.append((stem, [path]))
-    are_pictures = not any(map(registry.is_volume, paths))  # which hold all of their colours
-    whole = {
-        stem: [group[number] for number in sorted(group)]
-        for stem, group in groups.items()
-        if sorted(group) == list(range(num_channels)) or (are_pictures and list(group) == [0])
-    }
-    if num_channels == 1 and (alone or len(whole) < len(groups)):
-        whole = {}  # a number in the name of some files means something else
-    rest = [path for stem, group in groups.items() if stem not in whole for path in group.values()]
-    return [*whole.items(), *alone, *((registry.stem_of(path), [path]) for path in rest)]
+            alone.append((stem, [path], ()))
+    whole, rest = [], []
+    for stem, group in groups.items():
+        numbers, files = zip(*sorted(group), strict=True)
+        # A picture holds all of its colours.
+        if numbers == tuple(range(num_channels)) or (
+            numbers == (0,) and not registry.is_volume(files[0])
+        ):
+            whole.append((stem, list(files), ()))
+            continue
+        lacks = [number for number in range(num_channels) if number not in numbers]
+        names = tuple(f"{os.path.basename(stem)}_{number:04d}" for number in lacks)
+        rest += [(registry.stem_of(file), [file], names) for file in files]
+    if num_channels == 1 and (alone or rest):
+        # A number in the name of some files means something else.
+        return [(registry.stem_of(path), [path], ()) for path in paths]
+    return [*whole, *alone, *rest]
 
 
-def _case_of(stem, paths, root, folder, outputs):
+def _case_of(stem, paths, lacks, root, folder, outputs):
     case_id = Path(stem).relative_to(root).as_posix()
     label_suffix, map_suffix = registry.output_suffixes(paths[0])
     files = {name: f"{case_id}_" + re.sub(r"\W+", "_", name) + map_suffix for name in outputs}
@@ -278,7 +285,7 @@ def _case_of(stem, paths, root, folder, outputs):
     files = {name: os.path.join(folder, file) for name, file in files.items()}
     first, *channels = (os.path.abspath(path) for path in paths)
     written = [file for path in files.values() for file in registry.files_written(path, first)]
-    return ImageCase(case_id, first, files, tuple(channels), tuple(written))
+    return ImageCase(case_id, first, files, tuple(channels), tuple(written), lacks)
 
 
 def _refuse_clashes(cases, folder):

@@ -3,7 +3,7 @@
 import collections
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,10 @@ class SplitProblem(Problem, ValueError):
 
 def split_from_file(
     path: str | Path,
-    case_ids: Iterable[str],
+    case_ids: Sequence[str],
     *,
     subject_of: Callable[[str], str] = str,
+    twins: Sequence[Sequence[str]] = (),
     fold: int = 0,
     also_test: Sequence[str] = (),
     excluded: Sequence[str] = (),
@@ -36,6 +37,7 @@ def split_from_file(
         fold, which leaves out what it does not list.
       case_ids: all cases of the dataset.
       subject_of: function from case id to subject.
+      twins: lists of the ids of cases that have the same image, and so count as of one subject.
       fold: which entry of a list.
       also_test: cases of the test set that the file does not list.
       excluded: cases that it may list though they are not in the dataset.
@@ -45,6 +47,7 @@ def split_from_file(
       SplitProblem: unreadable file, missing fold, unknown or unassigned cases, a subject in two
         sets, no training or no validation case.
     """
+    subject_of = with_twins(subject_of, twins, case_ids)
     content = _content(path)
     if is_list := isinstance(content, list):
         if fold not in range(len(content)):
@@ -66,10 +69,10 @@ def split_from_file(
             raise SplitProblem(f'{path}: "{name}" is not a list of case ids')
     split = {name: sorted(set(content.get(name, [])) - set(excluded)) for name in SETS}
     split["test"] = sorted({*split["test"], *also_test})
-    case_ids = set(case_ids) - set(content.get(UNUSED, []))
+    used = set(case_ids) - set(content.get(UNUSED, []))
     if is_list:
-        case_ids &= set().union(*split.values())
-    return _checked(split, case_ids, subject_of, source=path)
+        used &= set().union(*split.values())
+    return _checked(split, used, subject_of, twins, source=path)
 
 
 def lists_folds(path: str | Path) -> bool:
@@ -83,7 +86,8 @@ def _content(path):
         return json.loads(Path(path).read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise SplitProblem(
-            f"{path}: not a readable JSON split ({error}); mend --config.split.file"
+            f"{path}: not a readable JSON split ({error}); mend it, or give another with "
+            "--config.split.file"
         ) from error
 
 
@@ -110,6 +114,7 @@ def split_by_subject(
     *,
     seed: int,
     subject_of: Callable[[str], str] = str,
+    twins: Sequence[Sequence[str]] = (),
     test_regex: str = "",
     val_fraction: float = 0.15,
     test_fraction: float = 0.15,
@@ -122,7 +127,7 @@ def split_by_subject(
     Args:
       case_ids: all cases of the dataset.
       seed: of the permutation of the subjects; the same subjects in any order split alike.
-      subject_of: function from case id to subject.
+      subject_of, twins: as `split_from_file`.
       test_regex: cases that match are the test set, instead of a random `test_fraction`.
       val_fraction: share of all subjects, at least one, when `num_folds` is 0.
       test_fraction: share of all subjects, rounded.
@@ -131,6 +136,7 @@ def split_by_subject(
       test: cases that are the test set, instead of a random `test_fraction`.
     Returns, Raises: as `split_from_file`.
     """
+    subject_of = with_twins(subject_of, twins, case_ids)
     subjects = sorted(set(map(subject_of, case_ids)))
     shuffled = list(np.random.default_rng(seed).permutation(subjects))
     tested = set(map(subject_of, test))
@@ -161,13 +167,14 @@ def split_by_subject(
     for case in sorted(case_ids):
         subject = subject_of(case)
         split["test" if subject in tested else "val" if subject in val else "train"].append(case)
-    return _checked(split, case_ids, subject_of, source="the split")
+    return _checked(split, case_ids, subject_of, twins, source="the split")
 
 
 def split_as_told(
     told: Mapping[str, tuple[str, int | None]],
     *,
     subject_of: Callable[[str], str] = str,
+    twins: Sequence[Sequence[str]] = (),
     fold: int = 0,
 ) -> dict[str, list[str]]:
     """The split that a table gives, case by case.
@@ -175,10 +182,11 @@ def split_as_told(
     Args:
       told: for each case its set ("train", "val", "test", "unused", or "" for training and
         validation) and the fold whose validation set it is in, or None.
-      subject_of: function from case id to subject.
+      subject_of, twins: as `split_from_file`.
       fold: the one that validates.
     Returns, Raises: as `split_from_file`.
     """
+    subject_of = with_twins(subject_of, twins, list(told))
     folds = {case_fold for _, case_fold in told.values() if case_fold is not None}
     if fold not in (folds or {0}):
         raise SplitProblem(
@@ -194,7 +202,7 @@ def split_as_told(
         else:
             split["val" if case_fold == fold and case_fold is not None else "train"].append(case)
     used = [case for case, (set_name, _) in told.items() if set_name != UNUSED]
-    return _checked(split, used, subject_of, source="the table")
+    return _checked(split, used, subject_of, twins, source="the table")
 
 
 def with_twins(
@@ -241,7 +249,19 @@ def save_split(
     writers.write_text(path, json.dumps(split, indent=1))
 
 
-def _checked(split, case_ids, subject_of, source):
+def _in_two_sets(split, key_of):
+    """{key: [(case, set)]} of the keys whose cases are in several sets; None is no key."""
+    found = collections.defaultdict(list)
+    for name, cases in split.items():
+        for case in cases:
+            found[key_of(case)].append((case, name))
+    found.pop(None, None)
+    return {
+        key: sorted(of) for key, of in sorted(found.items()) if len({name for _, name in of}) > 1
+    }
+
+
+def _checked(split, case_ids, subject_of, twins, source):
     assigned = [case for cases in split.values() for case in cases]
     problems = []
     if unknown := sorted(set(assigned) - set(case_ids)):
@@ -250,19 +270,20 @@ def _checked(split, case_ids, subject_of, source):
         )
     if missing := sorted(set(case_ids) - set(assigned)):
         problems.append(f"leaves cases out: {', '.join(missing)}")
-    sets_of = collections.defaultdict(list)
-    for name, cases in split.items():
-        for case in cases:
-            sets_of[subject_of(case)].append((case, name))
-    leaks = [
-        f"{subject} ({', '.join(f'{case} in {name}' for case, name in sorted(of))})"
-        for subject, of in sorted(sets_of.items())
-        if len({name for _, name in of}) > 1
+    image_of = {case: group[0] for group in twins for case in group}
+    images = _in_two_sets(split, image_of.get)
+    if images:
+        pairs = (" and ".join(f"{case} ({name})" for case, name in of) for of in images.values())
+        mend = "give them one set, or leave one out with --config.data.exclude"
+        problems.append(f"divides cases that are one image: {', '.join(pairs)}; {mend}")
+    subjects = [
+        f"{subject} ({', '.join(f'{case} in {name}' for case, name in of)})"
+        for subject, of in _in_two_sets(split, subject_of).items()
+        if not any(image_of.get(case) in images for case, _ in of)
     ]
-    if leaks:
-        problems.append(
-            f"puts a subject into two sets: {', '.join(leaks)}; cases of one image are of one too"
-        )
+    if subjects:
+        shown = ", ".join(subjects)
+        problems.append(f"puts a subject into two sets: {shown}; give its cases one set")
     problems += [f'has no case in "{name}"' for name in ("train", "val") if not split[name]]
     if problems:
         raise SplitProblem(f"{source} " + "; ".join(problems))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -235,6 +236,7 @@ def find_dataset(config: ConfigDict, cache_dir: str, log: Log) -> cases.Dataset:
     )
     dataset = find_layout(root, wanted)
     without = f", {len(dataset.unlabelled)} without label" if dataset.unlabelled else ""
+    without += f", {len(dataset.excluded)} excluded" if dataset.excluded else ""
     log.text(f"{root}: {dataset.layout}, {len(dataset.cases)} labelled cases{without}")
     return dataset
 
@@ -251,32 +253,28 @@ def make_split(
     case_ids = [case.case_id for case in dataset.cases]
     named = {case.case_id: case.subject for case in dataset.cases if case.subject}
     by_regex = splits.subject_from_regex(regex)
-    subject_of = splits.with_twins(
-        lambda case_id: named.get(case_id) or by_regex(case_id), twins_of(survey or {}), case_ids
-    )
+    belonging: dict[str, Any] = {
+        "subject_of": lambda case_id: named.get(case_id) or by_regex(case_id),
+        "twins": twins_of(survey or {}),
+    }
     if file:
         path = os.path.join(dataset.root, file)
         return splits.split_from_file(
-            path, case_ids, subject_of=subject_of, fold=fold, excluded=dataset.excluded
+            path, case_ids, fold=fold, excluded=dataset.excluded, **belonging
         )
     told = {case.case_id: (case.set_name, case.fold) for case in dataset.cases}
     test = [case_id for case_id, (set_name, _) in told.items() if set_name == "test"]
     if _is_told(config, dataset):
         path = os.path.join(dataset.root, dataset.split_file)
         return splits.split_from_file(
-            path,
-            case_ids,
-            subject_of=subject_of,
-            fold=fold,
-            also_test=test,
-            excluded=dataset.excluded,
+            path, case_ids, fold=fold, also_test=test, excluded=dataset.excluded, **belonging
         )
     if any(set_name or case_fold is not None for set_name, case_fold in told.values()):
         if not (len(test) == sum(bool(any(entry)) for entry in told.values()) and test):
-            return splits.split_as_told(told, subject_of=subject_of, fold=fold)
+            return splits.split_as_told(told, fold=fold, **belonging)
         options["test"] = test  # the rest is drawn
     options["num_folds"] = options["num_folds"] or config.ensemble.folds
-    return splits.split_by_subject(case_ids, subject_of=subject_of, **options)
+    return splits.split_by_subject(case_ids, **belonging, **options)
 
 
 def _check_foreground(dataset, survey, folds):

@@ -177,6 +177,7 @@ def _compute(job, predictor):
     if job.failed:
         return
     with job.stage("compute"):
+        _check_channels(job, predictor)
         job.record["warnings"] = check_image(predictor, job.image, job.affine)
         _check_grid(job, predictor)
         results = segment(predictor, job.image, job.affine)
@@ -185,6 +186,13 @@ def _compute(job, predictor):
         job.results = {name: np.asarray(results[name]) for name in job.case.files}
         job.record |= _sizes(job, predictor.class_names)
     job.image = None
+
+
+def _check_channels(job, predictor):
+    """Names the files that a channel of an image is without."""
+    if job.case.lacks and job.image.shape[-1] != predictor.num_channels:
+        wrong = f"is a channel of an image without {', '.join(job.case.lacks)}"
+        raise file_problem(job.case.path, wrong, "give a folder that holds them all")
 
 
 def _check_grid(job, predictor):

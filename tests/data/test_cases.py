@@ -161,7 +161,7 @@ def test_all_structural_problems_appear_together(msd_root):
             "../secret.nii leads out of the dataset's folder",
             "/abs.nii leads out of the dataset's folder",
             "imagesTr/../../up.nii leads out of the dataset's folder",
-            'entry 8 of "training" is "imagesTr/f.nii"',
+            "entry 8 of \"training\" is 'imagesTr/f.nii'",
             'entry 9 of "training"',
             'entry 10 of "training"',
             "case a is there 2 times (",

@@ -226,8 +226,8 @@ def damaged_files(folder):
     frames = [Image.fromarray(random_values(np.uint8, (3, 4)))] * 3
     frames[0].save(folder / "stack.tif", save_all=True, append_images=frames[1:])
     return messages | {
-        "missing.nii.gz": "no such file",
-        "missing.png": "no such file",
+        "missing.nii.gz": "is missing",
+        "missing.png": "is missing",
         "gif.png": "not a readable PNG, JPEG, BMP, TIFF file",
         "five.nii": r"5 axes, shape [3, 4, 5, 2, 2]",
         "complex.nii": "voxels are complex64",

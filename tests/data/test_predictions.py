@@ -239,6 +239,10 @@ def test_channels_that_are_files(tmp_path):
     with_other = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 2)
     assert [case.case_id for case in with_other] == ["a", "b", "c", "d_0000", "e_2019"]
     assert [len(case.paths) for case in with_other] == [2, 2, 1, 1, 1]
+    assert [case.lacks for case in with_other] == [(), (), (), ("d_0001",), ("e_0000", "e_0001")]
+    make_files(tmp_path / "in", "a_0001.nii")
+    with pytest.raises(predictions.FolderProblem, match=r"a_0001.mha and .*a_0001.nii have one"):
+        predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 2)
     make_files(tmp_path / "one", "a_0000.mha", "b_0000.mha")
     one = predictions.find_images(tmp_path / "one", tmp_path / "out", ("label",), False)
     assert [case.case_id for case in one] == ["a", "b"]
@@ -264,12 +268,17 @@ def test_a_name_that_is_not_utf_8_is_refused_at_once(tmp_path):
     make_files(tmp_path / "in", os.fsdecode(b"M\xfcller.nii"))
     with pytest.raises(predictions.FolderProblem, match="M\ufffdller\\.nii: its name is not UTF-8"):
         find(tmp_path / "in")
+    with pytest.raises(predictions.FolderProblem, match="its name is not UTF-8"):
+        find(tmp_path / "in" / os.fsdecode(b"M\xfcller.nii"))
 
 
 def test_a_picture_that_holds_its_colours_is_named_without_its_number(tmp_path):
     make_files(tmp_path / "in", "a_0000.png", "b_0000.png")
     found = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 3)
     assert [case.case_id for case in found] == ["a", "b"]
+    make_files(tmp_path / "in", "c_0000.mha", "d.png")  # whatever else is there
+    found = predictions.find_images(tmp_path / "in", tmp_path / "out", ("label",), False, 3)
+    assert [case.case_id for case in found] == ["a", "b", "c_0000", "d"]
     make_files(tmp_path / "volumes", "a_0000.mha")
     found = predictions.find_images(tmp_path / "volumes", tmp_path / "out", ("label",), False, 3)
     assert [case.case_id for case in found] == ["a_0000"]

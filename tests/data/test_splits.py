@@ -161,7 +161,7 @@ def test_all_faults_of_a_file_are_named(tmp_path):
     )
     assert "leaves cases out: s02_L, s02_R" in message
     assert "s00 (s00_L in train, s00_R in val)" in message
-    assert "s01 (s01_L in train, s01_R in test); cases of one image are of one" in message
+    assert "s01 (s01_L in train, s01_R in test); give its cases one set" in message
 
 
 def test_nnunets_list_leaves_out_what_it_does_not_list(tmp_path):
@@ -283,6 +283,23 @@ def test_the_folds_of_a_table():
         splits.split_as_told(told, fold=3)
     with pytest.raises(SplitProblem, match="puts a subject into two sets: anna"):
         splits.split_as_told(told, subject_of=lambda case: "anna" if case in "ab" else case)
+
+
+def test_cases_with_one_image_are_not_divided(tmp_path):
+    sets = ("train", "val", "test", "unused")
+    told = {case: (name, None) for case, name in zip("abcd", sets, strict=True)}
+    words = "divides cases that are one image: a (train) and c (test); give them one set, or"
+    assert "the table " + words in message_of(splits.split_as_told, told, twins=[["c", "a"]])
+    path = write(tmp_path / "split.json", {"train": ["a"], "val": ["b"], "test": ["c"]})
+    message = message_of(split_from_file, path, "abc", twins=[["a", "c"], ["b", "gone"]])
+    assert words in message and "subject" not in message
+    assert splits.split_as_told(told, twins=[["a", "d"]])["train"] == ["a"]
+    # One subject by an image that is in no set.
+    of_one = {"a": "anna", "d": "anna"}.get
+    message = message_of(
+        splits.split_as_told, told, subject_of=lambda case: of_one(case, case), twins=[["d", "b"]]
+    )
+    assert "puts a subject into two sets: anna (a in train, b in val); give its" in message
 
 
 def test_cases_with_one_image_are_of_one_subject():

@@ -131,7 +131,7 @@ def test_every_problem_of_every_case_is_reported_at_once(tmp_path):
     image, label = builder.add("gone")
     image.unlink()
     label.unlink()
-    expected += [(image, "no such file"), (label, "no such file")]
+    expected += [(image, "is missing"), (label, "is missing")]
 
     values = make_image(3)
     values[0, 0, :2] = np.nan

@@ -145,6 +145,7 @@ def test_what_a_split_leaves_out_is_told(make_msd_folder, tmp_path):
     log.text = (lines := []).append
     found = gather.find_data(config, log)
     assert found.splits[0] == {"train": ["case_00"], "val": ["case_01"], "test": []}
+    assert lines[0].endswith("3 labelled cases, 1 excluded")
     assert "1 labelled case(s) are in no set of the split: case_02" in lines
 
 

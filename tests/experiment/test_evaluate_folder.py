@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -433,6 +434,14 @@ def test_every_problem_is_named_before_anything_is_computed(folders, monkeypatch
     )}  # fmt: skip
     assert {fragment: len(lines) for fragment, lines in found.items()} == dict.fromkeys(found, 1)
     assert len(problems) == 7
+
+
+def test_a_name_that_is_not_utf_8_is_named_before_anything_is_computed(folders):
+    for folder in ("predictions", "references"):
+        [path, *_] = sorted((folders / folder).iterdir())
+        path.rename(path.with_name(os.fsdecode(b"M\xfcller") + "".join(path.suffixes)))
+    named = [problem for problem in problems_of(folders) if "its name is not UTF-8" in problem]
+    assert len(named) == 2 and all("/M\ufffdller.nii" in problem for problem in named)
 
 
 def test_references_without_a_prediction_are_left_out_where_that_is_asked_for(folders):

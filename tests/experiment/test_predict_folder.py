@@ -44,7 +44,7 @@ def fake(monkeypatch):
         return fake
 
     def check(predictor, image, affine):
-        if image.shape[-1] != 1:
+        if image.shape[-1] != fake.num_channels:
             raise PredictorProblem(f"the image has {image.shape[-1]} channels")
         return ["it is very bright"] if image.max() > 1000 else []
 
@@ -204,6 +204,18 @@ def test_confidence_of_a_structure_that_is_not_there_is_null(fake, tmp_path):
     predict_lib.predict(["run"], str(tmp_path / "in"), folder, outputs=("label", "confidence"))
     record = load_records(folder)["cases"]["a"]
     assert record["confidence"] == {"liver": pytest.approx(0.15), "lesion": None}
+
+
+def test_an_image_without_all_of_its_channels_fails_alone(fake, tmp_path, capsys):
+    names = ("a_0000", "a_0001", "a_0002", "b_0000", "b_0002", "mask", "all_0001")
+    for number, name in enumerate(names):
+        save_volume(tmp_path / "in" / f"{name}.nii.gz", make_image(number))
+    save_volume(tmp_path / "in" / "all_0001.nii.gz", make_image(shape=(3, 4, 5, 3)))
+    fake.num_channels = 3
+    done, _, failed = predict_lib.predict(["run"], str(tmp_path / "in"), str(tmp_path / "out"))
+    assert done == 2 and sorted(failed) == ["b_0000", "b_0002", "mask"]
+    for case_id in ("b_0000", "b_0002"):
+        assert f"{case_id}.nii.gz: is a channel of an image without b_0001" in failed[case_id]
 
 
 def test_goes_on_after_bad_files_and_names_them(fake, tmp_path, capsys):

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxseg.problem import FileProblem, file_problem
+from jaxseg.problem import FileProblem, file_problem, printable
 from jaxseg.run.writers import replacing
 
 COPY_AGAIN = "copy it again from the source"
@@ -17,6 +17,15 @@ STREAM_ERRORS = (OSError, EOFError, zlib.error)
 
 _GZIP_MARK = b"\x1f\x8b"
 _MOST_BYTES_PER_GZIP_BYTE = 1032  # what deflate can reach
+
+
+def absence(path: str | Path) -> str:
+    """What is where a file is not: nothing, a link to nothing, or a folder."""
+    if os.path.isdir(path):
+        return "a folder"
+    if not os.path.islink(path):
+        return "missing"
+    return f"a link to {printable(os.readlink(path))}, where nothing is"
 
 
 @contextlib.contextmanager
@@ -34,7 +43,7 @@ def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
             with gzip.GzipFile(fileobj=file) if packed else file as stream:
                 yield stream
     except FileNotFoundError as error:
-        raise file_problem(path, "no such file", "restore it or correct its name") from error
+        raise file_problem(path, f"is {absence(path)}", "restore it or correct its name") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise file_problem(path, f"damaged gzip file ({error})", COPY_AGAIN) from error
     except OSError as error:

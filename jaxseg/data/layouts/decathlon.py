@@ -3,12 +3,13 @@
 Reference: Simpson et al. 2019, arXiv:1902.09063.
 """
 
-import json
 import os
+import reprlib
 from pathlib import Path
 
 from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
 from jaxseg.data.formats import registry
+from jaxseg.data.formats.files import absence
 from jaxseg.data.label_values import LabelCoding, class_problems
 from jaxseg.data.layouts import listing
 from jaxseg.data.layouts.wanted import Wanted
@@ -64,7 +65,7 @@ def find(root: str | Path, wanted: Wanted | None = None) -> Dataset:
     if content is not None:
         listed = {Path(file) for case in cases for file in case.image_paths}
         listed |= {Path(listing.resolved(root, image)) for image, _ in entries}
-        found = listing.images_in(Path(root, "imagesTr"))
+        found = filter(registry.is_image, listing.files_in(Path(root, "imagesTr")))
         unlisted = [file for file in found if file not in listed]
         notes = listing.unused_files(unlisted, "not listed in dataset.json, left out")
     return whole_or_problems(
@@ -103,7 +104,7 @@ def _training_entries(path, content, problems):
             entries.append(tuple(names))
         else:
             problems.append(
-                f'{path}: entry {position} of "training" is {json.dumps(entry)}; '
+                f'{path}: entry {position} of "training" is {reprlib.repr(entry)}; '
                 'write {"image": "imagesTr/…", "label": "labelsTr/…"}'
             )
     return entries
@@ -139,5 +140,5 @@ def _check_listed(path, name, problems):
         )
     elif not os.path.isfile(file):
         problems.append(
-            f"{path}: {name} is listed but missing; copy it there or take it off the list"
+            f"{path}: {name} is listed but {absence(file)}; copy it there or take it off the list"
         )

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from jaxseg.data.cases import Dataset, DatasetProblems
-from jaxseg.data.layouts import decathlon, listing, nnunet, patterns, table
+from jaxseg.data.layouts import decathlon, globs, listing, nnunet, patterns, table
 from jaxseg.data.layouts.wanted import Wanted, without_excluded
 
 
@@ -42,7 +42,7 @@ def kind_of(root: str | Path, wanted: Wanted) -> str:
     if not os.path.isdir(root):
         raise DatasetProblems([f"{root}: no such folder; correct --config.data.dir"])
     description = Path(root, "dataset.json")
-    if description.exists():
+    if os.path.lexists(description):
         problems: list[str] = []
         content = listing.load_json(description, problems)
         if content is None:
@@ -51,9 +51,9 @@ def kind_of(root: str | Path, wanted: Wanted) -> str:
             {"channel_names", "file_ending", "dataset"} & set(content)
         )
         return "nnunet" if is_nnunet else "msd"
-    if Path(root, table.NAME).exists():
+    if os.path.lexists(Path(root, table.NAME)):
         return "table"
-    if patterns.matching(Path(root), wanted.image_glob):
+    if globs.matching(Path(root), wanted.image_glob):
         return "images"
     raise DatasetProblems(
         [

@@ -1,14 +1,14 @@
-"""JSON files that describe a folder, and the files that they name."""
+"""What a folder holds: JSON files that describe it, the files that they name, and others."""
 
 import codecs
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxseg.data.formats import registry
+from jaxseg.data.formats.files import absence
 from jaxseg.problem import printable
 
 # Of files that nothing lists, so many are named.
@@ -25,13 +25,23 @@ def load_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
         )
         return None
     try:
-        content = json.loads(raw.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         problems.append(f"{path}: not valid JSON ({error}); correct it there")
         return None
     if not isinstance(content, dict):
         problems.append(f"{path}: holds a {type(content).__name__}, not an object; correct it")
         return None
+    return content
+
+
+def _object(pairs):
+    """The object of these pairs, of which JSON's reader would silently keep the last of a key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} comes twice")
     return content
 
 
@@ -44,17 +54,21 @@ def numbered_names(
     if not isinstance(names, dict) or not names:
         problems.append(f'{path}: "{key}" is missing or empty; write {example}')
         return {}
+    pairs = list(names.items())
     if _are_numbers(names.values()) and not _are_numbers(names):  # as nnU-Net writes them
-        names = {number: name for name, number in names.items()}
+        pairs = [(number, name) for name, number in pairs]
     try:
-        return {number: str(names[text]) for number, text in sorted((int(t), t) for t in names)}
+        numbered = dict(sorted((int(number), str(name)) for number, name in pairs))
     except ValueError:
         problems.append(f'{path}: "{key}" has keys {list(names)}, not numbers; write {example}')
         return {}
+    if len(numbered) < len(pairs):
+        problems.append(f'{path}: "{key}" gives one number to several names; correct it')
+    return numbered
 
 
 def _are_numbers(values):
-    return all(str(value).isdigit() for value in values)
+    return all(str(value).isdecimal() for value in values)
 
 
 def check_channel_numbers(
@@ -92,21 +106,27 @@ def leaves(root: str | Path, path: str) -> bool:
     return os.path.commonpath([whole, root]) != root
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The images and labels in a folder that can be read, hidden files aside, in order."""
-    return [
-        path
-        for path in sorted(folder.glob("*"))
-        if not path.name.startswith(".") and registry.is_image(path) and path.is_file()
-    ]
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds but for what is hidden, links to nothing too, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def broken_links(files: Sequence[Path]) -> list[str]:
-    """One sentence for each link that leads to nothing."""
+def files_in(folder: Path) -> list[Path]:
+    """The `entries` that are no folders."""
+    return [path for path in entries(folder) if not path.is_dir()]
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to nothing."""
+    return path.is_symlink() and not path.exists()
+
+
+def broken_links(files: Iterable[Path]) -> list[str]:
+    """One sentence for each link to nothing."""
     return [
-        f"{file}: is a link to {os.readlink(file)}, where nothing is; mend or remove it"
-        for file in files
-        if file.is_symlink() and not file.exists()
+        f"{file}: is {absence(file)}; mend or remove it" for file in filter(leads_nowhere, files)
     ]
 
 

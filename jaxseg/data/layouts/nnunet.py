@@ -5,9 +5,11 @@ Reference: nnU-Net's documentation/dataset_format.md.
 
 import os
 import re
+import reprlib
 from pathlib import Path
 
 from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
+from jaxseg.data.formats.files import absence
 from jaxseg.data.formats.registry import PICTURE_SUFFIXES
 from jaxseg.data.label_values import LabelCoding, class_problems
 from jaxseg.data.layouts import listing
@@ -63,7 +65,7 @@ def find(root: str | Path, wanted: Wanted | None = None) -> Dataset:
             modalities=tuple(channels.values()),
             layout=LAYOUT,
             unlabelled=tuple(case for case in cases if case.label_path is None),
-            split_file=SPLIT_FILE if Path(root, SPLIT_FILE).is_file() else "",
+            split_file=SPLIT_FILE if os.path.lexists(Path(root, SPLIT_FILE)) else "",
             notes=tuple(notes),
             spacing_from=wanted.spacing_from,
         ),
@@ -90,7 +92,9 @@ def _labels(path, content, problems):
         if any(float(labels[name]) != value for name, value in values.items()):
             raise ValueError("not whole")
     except (OverflowError, TypeError, ValueError):
-        problems.append(f'{path}: "labels" has values {list(labels.values())}; write {example}')
+        problems.append(
+            f'{path}: "labels" has values {reprlib.repr(list(labels.values()))}; write {example}'
+        )
         return {}, ()
     ignore = tuple(value for name, value in values.items() if name == "ignore")
     classes = {value: name for name, value in values.items() if name != "ignore"}
@@ -130,7 +134,7 @@ def _table_cases(path, table, num_channels, problems):
         images, label = entry.get("images"), entry.get("label")
         if not isinstance(images, list) or not isinstance(label, str | None):
             problems.append(
-                f'{path}: case {case_id} of "dataset" is {files!r}; write '
+                f'{path}: case {case_id} of "dataset" is {reprlib.repr(files)}; write '
                 '{"images": [...], "label": ...}'
             )
             continue
@@ -143,7 +147,7 @@ def _table_cases(path, table, num_channels, problems):
             )
         files = [*images, *([listing.resolved(path.parent, label)] if label else [])]
         problems += [
-            f"{path}: {file} of case {case_id} is missing; copy it there or correct the table"
+            f"{path}: {file} of case {case_id} is {absence(file)}; copy it there or correct it"
             for file in files
             if not os.path.isfile(file)
         ]
@@ -156,16 +160,14 @@ def _folder_cases(root, suffix, ending, num_channels, problems, notes):
     images, labels = root / f"images{suffix}", root / f"labels{suffix}"
     by_case: dict[str, dict[int, str]] = {}
     others = []
-    there = sorted(images.glob("*")) if images.is_dir() else []
-    problems += listing.broken_links([file for file in there if not file.name.startswith(".")])
-    for file in there:
-        if file.name.startswith(".") or not file.is_file():
-            continue
+    for file in listing.files_in(images):
         match = re.fullmatch(r"(.+)_(\d{4})", file.name.removesuffix(ending))
         if match and file.name.endswith(ending):
             by_case.setdefault(match[1], {})[int(match[2])] = str(file)
         elif not file.name.endswith(".json"):  # which hold the spacing of a TIFF
             others.append(file)
+    channels_there = (Path(file) for channels in by_case.values() for file in channels.values())
+    problems += listing.broken_links(channels_there)
     notes += listing.unused_files(others, f"not named CASE_0000{ending}, left out")
     cases = []
     for case_id, channels in by_case.items():
@@ -177,9 +179,11 @@ def _folder_cases(root, suffix, ending, num_channels, problems, notes):
                 f"names {num_channels}; copy those that are missing, or correct dataset.json"
             )
         label = labels / f"{case_id}{ending}"
-        is_labelled = suffix == "Tr" or label.is_file()
+        is_labelled = suffix == "Tr" or os.path.lexists(label)
         if is_labelled and not label.is_file():
-            problems.append(f"{label}: the label of case {case_id} is missing; copy it there")
+            problems.append(
+                f"{label}: the label of case {case_id} is {absence(label)}; copy it there"
+            )
         cases.append(
             Case(
                 case_id,
@@ -191,8 +195,8 @@ def _folder_cases(root, suffix, ending, num_channels, problems, notes):
     known = {f"{case_id}{ending}" for case_id in by_case}
     alone = [
         file
-        for file in sorted(labels.glob(f"*{ending}"))
-        if not file.name.startswith(".") and file.name not in known
+        for file in listing.files_in(labels)
+        if file.name.endswith(ending) and file.name not in known
     ]
     notes += listing.unused_files(alone, f"a label without CASE_0000{ending}, left out")
     return cases

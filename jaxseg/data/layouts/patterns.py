@@ -1,19 +1,12 @@
 """Images and labels, volumes or pictures, that belong together by their names."""
 
-import os
-import re
 from pathlib import Path
 
-from jaxseg.data.cases import (
-    Case,
-    Dataset,
-    DatasetProblems,
-    duplicate_id_problems,
-    whole_or_problems,
-)
+from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
 from jaxseg.data.formats import registry
+from jaxseg.data.formats.files import absence
 from jaxseg.data.label_values import class_problems
-from jaxseg.data.layouts import listing
+from jaxseg.data.layouts import globs, listing
 from jaxseg.data.layouts.wanted import Wanted
 
 LAYOUT = "images and labels by pattern"
@@ -39,34 +32,34 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
         or the classes and their values do not fit together.
     """
     root = Path(root)
-    there = [
-        path
-        for path in matching(root, wanted.image_glob)
-        if not path.name.startswith(".") and _case_id(root, path, wanted.image_glob)
-    ]
-    matched = [path for path in there if path.is_file()]
+    there = globs.matching(root, wanted.image_glob)
+    case_of = {path: globs.case_id_of(root, path, wanted.image_glob) for path in there}
+    matched = [path for path, case_id in case_of.items() if case_id and not path.is_dir()]
     named = {
         path: [
-            _filled(root, path, wanted.image_glob, pattern)
+            _filled(root, path, case_of[path], pattern)
             for pattern in (wanted.label_pattern, *wanted.other_channels)
         ]
         for path in matched
     }
     used = {file for path, files in named.items() for file in files if file != path}
-    images = [path for path in matched if path not in used and registry.is_image(path)]
-    left_out = [path for path in matched if path not in used and not registry.is_image(path)]
-    left_out = [path for path in left_out if path.suffix != ".json"]
-    problems = class_problems(root, wanted.class_names, wanted.coding)
-    problems += listing.broken_links(there)
-    problems += _pattern_problems(root, images, wanted)
+    broken = listing.broken_links(path for path in matched if path not in used)
+    notes = listing.broken_links(path for path in there if not case_of[path])
+    files = [path for path in matched if path not in used and path.is_file()]
+    images = [path for path in files if registry.is_image(path)]
+    left_out = [path for path in files if not registry.is_image(path) and path.suffix != ".json"]
+    problems = class_problems(root, wanted.class_names, wanted.coding) + broken
+    if not images and not broken:
+        wrong = f"no image matches {wanted.image_glob!r}"
+        problems += notes or [f"{root}: {wrong}; correct the folder or the glob"]
+    problems += _pattern_problems(wanted)
     cases = []
     for path in images:
         label, *channels = named[path]
         problems += _file_problems(path, label, channels, wanted)
-        case_id = _case_id(root, path, wanted.image_glob)
-        cases.append(Case(case_id, tuple(map(str, (path, *channels))), str(label)))
+        cases.append(Case(case_of[path], tuple(map(str, (path, *channels))), str(label)))
     problems += duplicate_id_problems(cases)
-    notes = listing.unused_files(left_out, f"none of {registry.KINDS}, left out")
+    notes += listing.unused_files(left_out, f"none of {registry.KINDS}, left out")
     return whole_or_problems(
         Dataset(
             root=str(root),
@@ -81,39 +74,17 @@ def find(root: str | Path, wanted: Wanted) -> Dataset:
     )
 
 
-def matching(root: Path, image_glob: str) -> list[Path]:
-    """What a glob with or without {case} matches, in order.
-
-    Raises:
-      DatasetProblems: It is none.
-    """
-    try:
-        return sorted(root.glob(image_glob.replace("{case}", "*")))
-    except (ValueError, NotImplementedError) as error:
-        raise DatasetProblems(
-            [
-                f"data.image_glob {image_glob!r} matches nothing ({error}); write for example "
-                "images/*.nii.gz or, for folders of any depth, **/*.nii.gz"
-            ]
-        ) from None
-
-
-def _pattern_problems(root, images, wanted):
-    problems = [
+def _pattern_problems(wanted):
+    return [
         f"pattern {pattern!r} has no {{case}}; add it, or all images share one file"
         for pattern in (wanted.label_pattern, *wanted.other_channels)
         if "{case}" not in pattern
     ]
-    if not images:
-        problems.append(
-            f"{root}: no image matches {wanted.image_glob!r}; correct the folder or the glob"
-        )
-    return problems
 
 
 def _file_problems(path, label, channels, wanted):
     problems = [
-        f"{path}: its channel {channel} is missing; add it, or correct other_channels"
+        f"{path}: its channel {channel} is {absence(channel)}; add it, or correct other_channels"
         for channel in channels
         if not channel.is_file()
     ]
@@ -122,44 +93,11 @@ def _file_problems(path, label, channels, wanted):
             f"{path}: is its own label by {wanted.label_pattern!r}; correct the pattern"
         )
     elif not label.is_file():
-        problems.append(
-            f"{path}: its label {label} is missing; add it, or narrow {wanted.image_glob!r}"
-        )
+        mend = f"add it, or narrow {wanted.image_glob!r}"
+        problems.append(f"{path}: its label {label} is {absence(label)}; {mend}")
     return problems
 
 
-def _case_id(root, path, image_glob):
-    """What {case} stands for; "" if the name does not fit the glob."""
-    if "{case}" not in image_glob:
-        return os.path.basename(registry.stem_of(path))
-    match = re.fullmatch(_as_regex(image_glob), path.relative_to(root).as_posix())
-    return match["case"] if match else ""
-
-
-# Parts of a glob, and what they match in a path.
-_GLOB = re.compile(
-    r"(?P<folders>\*\*/)|(?P<any>\*)|(?P<one>\?)|(?P<set>\[[^\]]+\])|(?P<case>{case})"
-)
-_REGEX = {"folders": "(?:.*/)?", "any": "[^/]*", "one": "[^/]"}
-
-
-def _as_regex(image_glob):
-    """The regular expression of a glob in which every {case} stands for the same."""
-    parts, place = [], 0
-    for match in _GLOB.finditer(image_glob):
-        parts.append(re.escape(image_glob[place : match.start()]))
-        place = match.end()
-        if match["set"]:
-            parts.append("[" + match["set"][1:].replace("!", "^", 1))
-        elif match["case"]:
-            parts.append("(?P=case)" if "(?P<case>[^/]+)" in parts else "(?P<case>[^/]+)")
-        else:
-            parts.append(_REGEX[str(match.lastgroup)])
-    return "".join(parts) + re.escape(image_glob[place:])
-
-
-def _filled(root, path, image_glob, pattern):
+def _filled(root, path, case_id, pattern):
     folder = path.parent.relative_to(root).as_posix()
-    return root / pattern.replace("{dir}", folder).replace(
-        "{case}", _case_id(root, path, image_glob)
-    )
+    return root / pattern.replace("{dir}", folder).replace("{case}", case_id)

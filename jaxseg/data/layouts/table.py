@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from jaxseg.data.cases import Case, Dataset, duplicate_id_problems, whole_or_problems
+from jaxseg.data.formats.files import absence
 from jaxseg.data.label_values import class_problems
 from jaxseg.data.layouts import listing
 from jaxseg.data.layouts.wanted import Wanted
@@ -80,16 +81,25 @@ def _rows(path, problems):
             file.seek(0)
             delimiter = max(",;\t", key=sample.count)
             reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
-            columns = [_heading(name) for name in reader.fieldnames or []]
-            if twice := sorted({name for name in columns if columns.count(name) > 1}):
-                raise ValueError(f"several columns are named {', '.join(twice)}")
+            names = [_heading(name) for name in reader.fieldnames or []]
+            columns = [name or f"number {place}" for place, name in enumerate(names, start=1)]
             reader.fieldnames = columns
-            # Spreadsheets leave rows of empty cells behind.
+            # Spreadsheets leave rows and columns of empty cells behind.
             rows = [(reader.line_num, row) for row in reader if any(row.values())]
-    except (OSError, ValueError, csv.Error) as error:
-        mend = "name each once" if "columns" in str(error) else "save it as CSV in UTF-8"
-        problems.append(f"{path}: not a readable table ({error}); {mend}")
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror}); put the table there")
         return [], []
+    except (ValueError, csv.Error) as error:
+        problems.append(f"{path}: not a readable table ({error}); save it as CSV in UTF-8")
+        return [], []
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        problems.append(f"{path}: several columns are named {', '.join(twice)}; name each once")
+        return [], []
+    columns = [
+        column
+        for column, name in zip(columns, names, strict=True)
+        if name or any(row[column] for _, row in rows)
+    ]
     if not columns:
         problems.append(f"{path}: is empty; write case,image,label and a line for each case")
     return columns, rows
@@ -111,7 +121,7 @@ def _case(path, number, row, images, problems):
     files = [listing.resolved(path.parent, cells[name]) for name in images]
     label = listing.resolved(path.parent, cells["label"]) if cells["label"] else None
     problems += [
-        f"{where}: {file} is missing; correct the path, which is relative to the table's folder"
+        f"{where}: {file} is {absence(file)}; correct its path, relative to the table's folder"
         for file in (*files, *([label] if label else []))
         if not os.path.isfile(file)
     ]

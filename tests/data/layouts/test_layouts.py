@@ -231,6 +231,9 @@ def test_several_channels_by_several_patterns(tmp_path):
         ("**/{case}_t1.mha", "{case}/label.nii.gz", ["p1", "p2"]),
         ("p[1]/{case}_t1.mha", "{case}/label.nii.gz", ["p1"]),
         ("p[!1]/{case}_t?.mha", "{case}/label.nii.gz", ["p2"]),
+        ("[]^p][!]2]/{case}_t1.mha", "{case}/label.nii.gz", ["p1"]),
+        ("./p[1-2]/{case}_t1.mha", "{dir}/../{case}/label.nii.gz", ["p1", "p2"]),
+        ("./{case}//image.nii.gz", "{case}/label.nii.gz", ["p1", "p2"]),
     ],
 )
 def test_a_case_has_its_name_anywhere_in_a_path(tmp_path, image_glob, label_pattern, expected):
@@ -240,12 +243,29 @@ def test_a_case_has_its_name_anywhere_in_a_path(tmp_path, image_glob, label_patt
     dataset = find.find_dataset(tmp_path, wanted)
     assert dataset.layout == patterns.LAYOUT
     assert [case.case_id for case in dataset.cases] == expected
-    assert dataset.cases[0].label_path == str(tmp_path / expected[0] / "label.nii.gz")
+    label = os.path.normpath(dataset.cases[0].label_path)
+    assert label == str(tmp_path / expected[0] / "label.nii.gz")
 
 
-def test_a_glob_that_is_none_is_one_clear_problem(tmp_path):
-    [problem] = problems_of(find.find_dataset, tmp_path, Wanted(image_glob="**.nii.gz"))
-    assert "data.image_glob '**.nii.gz'" in problem and "**/*.nii.gz" in problem
+@pytest.mark.parametrize("image_glob", ["**.nii.gz", "", ".", "/", "/data/*", "**", "a/[z-b]*"])
+def test_a_glob_that_is_none_is_one_clear_problem(tmp_path, image_glob):
+    [problem] = problems_of(find.find_dataset, tmp_path, Wanted(image_glob=image_glob))
+    assert f"data.image_glob is {image_glob!r}; " in problem and "**/*.nii.gz" in problem
+
+
+@pytest.mark.parametrize("image_glob", ["*/{case}/image.nii", "**/{case}/image.nii"])
+def test_links_to_folders_are_folders(tmp_path, image_glob):
+    touch(tmp_path, "data/x/p1/image.nii", "data/x/p1/label.nii", "p2/image.nii", "p2/label.nii")
+    root = tmp_path / "data"
+    (root / "x" / "p2").symlink_to(tmp_path / "p2")
+    (root / "x" / "up").symlink_to(root)
+    (root / "x" / ".p3").symlink_to(tmp_path / "nowhere")
+    wanted = Wanted(image_glob=image_glob, label_pattern="x/{case}/label.nii")
+    dataset = find.find_dataset(root, wanted)
+    assert [case.case_id for case in dataset.cases] == ["p1", "p2"] and not dataset.notes
+    (root / "x" / "p3").symlink_to("/nowhere")
+    [note] = find.find_dataset(root, wanted).notes
+    assert "x/p3: is a link to /nowhere, where nothing is; mend or remove it" in note
 
 
 def test_links_to_nothing_are_problems(tmp_path, nnunet_root):
@@ -256,8 +276,45 @@ def test_links_to_nothing_are_problems(tmp_path, nnunet_root):
     image = nnunet_root / "imagesTr" / "b_0001.nii.gz"
     image.unlink()
     image.symlink_to("/nowhere/y")
-    problem, *_ = problems_of(nnunet.find, nnunet_root)
+    [problem] = problems_of(nnunet.find, nnunet_root)
     assert "b_0001.nii.gz: is a link to /nowhere/y" in problem
+
+
+@pytest.mark.parametrize("image_glob", ["{case}/image.nii", "{case}/*.nii", "**/{case}/i*.nii"])
+@pytest.mark.parametrize("name", ["{case}/image.nii", "{case}/label.nii"])
+def test_a_link_to_nothing_is_one_problem(tmp_path, name, image_glob):
+    touch(tmp_path, *(f"{case}/{of}.nii" for case in "ab" for of in ("image", "label")))
+    path = tmp_path / name.format(case="b")
+    path.unlink()
+    path.symlink_to("/nowhere")
+    wanted = Wanted(image_glob=image_glob, label_pattern="{case}/label.nii")
+    [problem] = problems_of(find.find_dataset, tmp_path, wanted)
+    assert "is a link to /nowhere, where nothing is" in problem and str(path) in problem
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "cases.csv"])
+def test_a_description_that_is_a_link_to_nothing_is_not_passed_over(tmp_path, name):
+    touch(tmp_path, "images/a.png", "masks/a.png")
+    (tmp_path / name).symlink_to("/nowhere")
+    [problem] = problems_of(find.find_dataset, tmp_path, Wanted())
+    assert f"{name}: cannot be read (No such file or directory)" in problem
+
+
+def test_links_to_nothing_of_nnunet_are_not_passed_over(nnunet_root):
+    touch(nnunet_root, "imagesTs/c_0000.nii.gz", "imagesTs/c_0001.nii.gz", "labelsTs/d.nii.gz")
+    (nnunet_root / "splits_final.json").symlink_to("/nowhere")
+    assert nnunet.find(nnunet_root).split_file == "splits_final.json"  # which reading will tell
+    (nnunet_root / "labelsTs" / "c.nii.gz").symlink_to("/nowhere")
+    [problem] = problems_of(nnunet.find, nnunet_root, Wanted(test_folder=True))
+    assert "the label of case c is a link to /nowhere" in problem
+
+
+def test_an_unlisted_link_to_nothing_is_told(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
+    (tmp_path / "imagesTr" / "b.nii.gz").symlink_to("/nowhere")
+    msd(tmp_path)
+    [note] = decathlon.find(tmp_path).notes
+    assert "imagesTr/b.nii.gz: not listed" in note
 
 
 def test_a_name_that_is_not_utf_8_is_a_problem(tmp_path):
@@ -265,6 +322,17 @@ def test_a_name_that_is_not_utf_8_is_a_problem(tmp_path):
     touch(tmp_path, f"images/{name}.png", f"masks/{name}.png")
     first, *_ = problems_of(patterns.find, tmp_path, Wanted())
     assert first == f"{tmp_path}/images/M\ufffdller.png: its name is not UTF-8; rename it"
+    (tmp_path / "masks" / f"{name}.png").unlink()  # what is said of the rest can be written too
+    problems = problems_of(patterns.find, tmp_path, Wanted())
+    assert len(problems) == 2 and "masks/M\ufffdller.png is missing" in "".join(problems)
+    "".join(problems).encode()
+
+
+def test_a_listed_name_that_no_file_can_have_is_missing(tmp_path):
+    touch(tmp_path, "l.nii")
+    msd(tmp_path, numTraining=1, training=[{"image": "\ud800.nii", "label": "l.nii"}])
+    [problem] = problems_of(decathlon.find, tmp_path)
+    assert "\ufffd.nii is listed but missing" in problem
 
 
 @pytest.mark.parametrize("value", [1.7, "1.7", float("nan"), 1e999, [1], True])
@@ -274,6 +342,35 @@ def test_a_label_of_nnunet_is_a_whole_number(nnunet_root, value):
         assert nnunet.find(nnunet_root).coding.values == (0, 1)
         return
     assert any('"labels" has' in problem for problem in problems_of(nnunet.find, nnunet_root))
+
+
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ({"background": 0, "a": 1, "b": 1}, "gives one number to several names"),
+        ({"0": "background", "1": "a", "01": "b"}, "gives one number to several names"),
+        ({"0": "background", "1.7": "a"}, "has keys ['0', '1.7'], not numbers"),
+        ({"background": 0, "a": "\u00b2"}, "has keys ['background', 'a'], not numbers"),
+    ],
+)
+def test_each_class_of_the_decathlon_has_a_number_of_its_own(tmp_path, labels, wrong):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
+    msd(tmp_path, labels=labels)
+    [problem] = problems_of(decathlon.find, tmp_path)
+    assert f'"labels" {wrong}' in problem
+
+
+def test_a_key_that_comes_twice_is_not_passed_over(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"file_ending": ".nii", "labels": {"a": 1, "a": 2}}')
+    [problem] = problems_of(find.find_dataset, tmp_path, Wanted())
+    assert "not valid JSON ('a' comes twice)" in problem
+
+
+def test_what_is_no_entry_is_shown_in_short(tmp_path):
+    deep = json.loads("[" * 900 + "]" * 900)
+    msd(tmp_path, training=[deep])
+    assert 'entry 0 of "training" is [[[' in (problem := problems_of(decathlon.find, tmp_path)[0])
+    assert len(problem) < len(str(tmp_path)) + 200
 
 
 def test_a_table(tmp_path):
@@ -320,6 +417,14 @@ def test_all_problems_of_a_table(tmp_path):
     path.write_text("case,image_T1,Image_T1,label\na,a.png,m.png,m.png\n")
     [problem] = problems_of(table.find, path, Wanted())
     assert "several columns are named image_T1" in problem and "name each once" in problem
+    path.write_text(" case,Image,IMAGE,label,,,\na,a.png,m.png,m.png,,,\n")
+    [problem] = problems_of(table.find, path, Wanted())
+    assert "several columns are named image;" in problem
+    path.write_text("case,image,label,,\na,a.png,m.png,,seen\n")
+    [problem] = problems_of(table.find, path, Wanted())
+    assert "column 'number 5' is unknown" in problem
+    path.write_text("case,image,label,,\na,a.png,m.png,,\n")  # as spreadsheets leave it
+    assert len(table.find(path, Wanted()).cases) == 1
     path.write_text("")
     assert "is empty" in problems_of(table.find, path, Wanted())[0]
 
