@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from jaxseg.data.label_values import LabelCoding
+from jaxseg.data.label_values import LabelCoding, class_problems
 from jaxseg.problem import Problem, name_problems, printable
 
 # Of problems that end alike, so many are shown.
@@ -136,8 +136,10 @@ def whole_or_problems(dataset: Dataset, problems: Sequence[str]) -> Dataset:
     if not problems:
         return dataset
     there = tuple(case for case in dataset.cases if all(map(os.path.isfile, case.paths)))
-    found = dataclasses.replace(dataset, cases=there) if dataset.class_names else None
-    raise DatasetProblems(problems, found)
+    found = dataclasses.replace(dataset, cases=there)
+    # Where classes are wrong, every label would be.
+    are_wrong = class_problems(dataset.root, dataset.class_names, dataset.coding)
+    raise DatasetProblems(problems, None if are_wrong else found)
 
 
 def _ordered(cases):

@@ -79,9 +79,7 @@ def verify(
 ) -> Survey:
     """Reads every image and label once and reports all that is wrong with them.
 
-    Files must be readable, with finite values, varying where something is labelled, an invertible
-    affine, known label values, image and label on one grid, and the same channels in every case;
-    something must be labelled in some case.
+    What must be so is said in `examine`; and something must be labelled in some case.
 
     Args:
       dataset: cases.Dataset.
@@ -92,6 +90,30 @@ def verify(
     Raises:
       cases.DatasetProblems: One sentence for each problem of each case, in the order of the cases,
         then those that only show between cases.
+    """
+    survey, problems = examine(dataset, progress, strict)
+    if not problems and not any(sum(facts.voxels[1:]) for facts in survey.values()):
+        wrong = "no labelled foreground voxel in any case, every label is background"
+        problems.append(f"{dataset.root}: {wrong}; check how the labels were converted")
+    if problems:
+        raise cases.DatasetProblems(problems)
+    return survey
+
+
+def examine(
+    dataset: cases.Dataset,
+    progress: Callable[[Iterable[cases.Case]], Iterable[cases.Case]] | None = None,
+    strict: bool = False,
+) -> tuple[Survey, list[str]]:
+    """What is known of cases, which may be a part of a dataset, and what is wrong with them.
+
+    Files must be readable, with finite values, varying where something is labelled, an invertible
+    affine, known label values, image and label on one grid, and the same channels in every case.
+
+    Args:
+      dataset, progress, strict: as for `verify`.
+    Returns:
+      (survey, problems): survey of the cases that can be read; sentences as `verify` raises.
     """
     problems: list[FileProblem | str] = []
     num_channels: dict[str, int] = {}
@@ -130,12 +152,7 @@ def verify(
             f"{' and '.join(twins)} have the same image; remove one of them"
             for twins in twins_of(survey)
         ]
-    if not problems and not any(sum(facts.voxels[1:]) for facts in survey.values()):
-        wrong = "no labelled foreground voxel in any case, every label is background"
-        problems.append(f"{dataset.root}: {wrong}; check how the labels were converted")
-    if problems:
-        raise cases.DatasetProblems([str(problem) for problem in problems])
-    return survey
+    return survey, [str(problem) for problem in problems]
 
 
 def _measured(image, label, num_classes):

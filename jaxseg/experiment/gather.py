@@ -19,7 +19,7 @@ from jaxseg.data.layouts.find import find_dataset as find_layout
 from jaxseg.data.layouts.wanted import Wanted
 from jaxseg.data.preprocess import Plan
 from jaxseg.data.surveyed import survey_once
-from jaxseg.data.verify import Survey, describe, twins_of, verify
+from jaxseg.data.verify import Survey, describe, examine, twins_of
 from jaxseg.experiment import advice
 from jaxseg.experiment.members import members_of
 from jaxseg.run.log import Log
@@ -188,11 +188,9 @@ def _found(config, cache_dir, spacing_from, log):
     except cases.DatasetProblems as problems:
         if problems.found is None or not problems.found.cases:
             raise
-        try:
-            verify(problems.found, functools.partial(log.progress, title="verifying"))
-        except cases.DatasetProblems as wrong:
-            raise cases.DatasetProblems(problems.problems + wrong.problems) from None
-        raise
+        progress = functools.partial(log.progress, title="verifying")
+        _, wrong = examine(problems.found, progress)
+        raise cases.DatasetProblems(problems.problems + wrong) from None
     for note in dataset.notes:
         log.text(f"note: {note}")
     if not dataset.cases:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 
@@ -132,6 +134,26 @@ def test_without_a_labelled_case_nothing_is_trained(make_msd_folder, tmp_path, p
         cases.DatasetProblems, match=r"no case has a label, there are 0 .* and 2 excluded"
     ):
         gather.load_data(config, SilentLog())
+
+
+def test_that_nothing_is_labelled_is_not_said_of_a_part_of_the_data(make_msd_folder, tmp_path):
+    root = make_msd_folder(num_cases=3)
+    config = base_config()
+    config.data.dir, config.data.cache_dir = str(root), str(tmp_path)
+    blank, damaged, missing = (root / "labelsTr" / f"case_0{n}.nii.gz" for n in range(3))
+    label = nibabel.load(blank)
+    nibabel.save(nibabel.Nifti1Image(0 * np.asarray(label.dataobj), label.affine), blank)
+    shutil.copy(blank, damaged)
+    missing.unlink()
+    with pytest.raises(cases.DatasetProblems) as caught:
+        gather.find_data(config, SilentLog())
+    [problem] = caught.value.problems
+    assert "case_02.nii.gz is listed but missing" in problem
+    damaged.write_bytes(b"")
+    with pytest.raises(cases.DatasetProblems) as caught:
+        gather.find_data(config, SilentLog())
+    [_, problem] = caught.value.problems
+    assert problem.startswith(f"{damaged}: ")
 
 
 def test_what_a_split_leaves_out_is_told(make_msd_folder, tmp_path):

@@ -50,6 +50,7 @@ def find(root: str | Path, wanted: Wanted | None = None) -> Dataset:
         problems += class_problems(path, list(label_names.values()), coding)
         if 0 not in label_names:
             problems.append(f'{path}: "labels" has no "0"; add it as the background')
+            label_names = {}
     listing.check_channel_numbers(path, "modality", list(modalities), problems)
     cases = []
     for image, label in entries:

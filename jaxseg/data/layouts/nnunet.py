@@ -102,6 +102,7 @@ def _labels(path, content, problems):
         problems.append(f'{path}: "labels" gives one value to several names; correct it')
     if 0 not in classes:
         problems.append(f'{path}: "labels" has no "background": 0; add it')
+        return {}, ()
     return dict(sorted(classes.items())), ignore
 
 

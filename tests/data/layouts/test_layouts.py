@@ -150,6 +150,21 @@ def test_a_description_of_nnunet_that_says_nonsense(nnunet_root, changes, messag
     assert any(message in problem for problem in problems_of(nnunet.find, nnunet_root))
 
 
+@pytest.mark.parametrize("values", [(1, 2), (1,), (0,)])
+def test_where_classes_are_wrong_labels_are_not_called_wrong_for_it(nnunet_root, values):
+    names = {"abc"[value]: value for value in values}
+    touch(nnunet_root, "images/a.png", "masks/a.png")
+    for find_in, content, wanted in (
+        (nnunet.find, NNUNET | {"labels": names}, Wanted()),
+        (decathlon.find, {"labels": names}, Wanted()),
+        (patterns.find, {}, Wanted(class_names=tuple(names), coding=LabelCoding((0, 1, 2)))),
+    ):
+        describe(nnunet_root, **content)
+        with pytest.raises(DatasetProblems) as caught:
+            find_in(nnunet_root, wanted)
+        assert caught.value.found is None
+
+
 def test_what_nothing_lists_is_a_note_or_if_strict_a_problem(nnunet_root):
     touch(nnunet_root, "imagesTr/other.nii.gz", "labelsTr/c.nii.gz", "imagesTr/readme.txt")
     describe(nnunet_root, **NNUNET | {"numTraining": 5})
