@@ -13,8 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxseg.config import base_config
-from jaxseg.data import pipeline
-from jaxseg.data.layouts import decathlon
+from jaxseg.data import cases, pipeline
 from jaxseg.experiment import resume, setup, train
 from jaxseg.run import checkpoint
 from jaxseg.run import log as run_log
@@ -238,8 +237,20 @@ def test_a_finished_run_whose_data_have_moved_is_evaluated_again_but_not_trained
         train.train(config)
     lines = str(caught.value).splitlines()
     assert lines[1:] == [f"  - case case_01: {image} has changed"]
-    saved = {"case_01": ["a"], "case_02": ["b", "c"]}
-    now = {"case_01": ["a", "d"], "case_02": ["b", "c"]}
-    data = types.SimpleNamespace(dataset=decathlon.find(config.data.dir))
-    [line] = resume._changed_files(saved, now, data)
-    assert line == "case case_01: has 2 file(s), had 1; was a label added?"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (["i"], ["i", "l"], "case a has a label, l.nii, the run began without one"),
+        (["i", "l"], ["i"], "case a has no label, the run began with one"),
+        (["i"], ["j", "l"], "case a has 2 files, the run began with 1"),
+        (["i", "l"], ["i", "m"], "case a: l.nii has changed"),
+    ],
+)
+def test_a_label_that_came_or_went_is_named(before, after, said):
+    case = cases.Case("a", ("i.nii",), "l.nii" if len(after) == 2 else None)
+    labelled = ("cases", "unlabelled")[case.label_path is None]
+    dataset = types.SimpleNamespace(**{"cases": (), "unlabelled": ()} | {labelled: (case,)})
+    data = types.SimpleNamespace(dataset=dataset)
+    assert resume._changed_files({"a": before}, {"a": after}, data) == [said]

@@ -1,5 +1,6 @@
 """Whether the run in a folder is the one that is asked for."""
 
+import dataclasses
 import json
 import os
 from typing import Any
@@ -75,15 +76,28 @@ def _changed_files(saved, now, data):
     lines = [f"case {case_id} is gone" for case_id in saved if case_id not in now]
     lines += [f"case {case_id} is new" for case_id in now if case_id not in saved]
     for case_id in saved.keys() & now.keys():
-        if (num := len(now[case_id])) != (before := len(saved[case_id])):
-            lines.append(f"case {case_id}: has {num} file(s), had {before}; was a label added?")
+        if wrong := _counted_otherwise(cases[case_id], saved[case_id], now[case_id]):
+            lines.append(f"case {case_id} {wrong}")
+            continue
         for path, before, after in zip(
-            files_of(cases[case_id]), saved[case_id], now[case_id], strict=False
+            files_of(cases[case_id]), saved[case_id], now[case_id], strict=True
         ):
             if before != after:
                 lines.append(f"case {case_id}: {path} has changed")
     more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
     return sorted(lines)[:_MAX_LISTED] + more
+
+
+def _counted_otherwise(case, saved, now):
+    """How a case has another number of files than a run began with; "" if it has not."""
+    images = files_of(dataclasses.replace(case, label_path=None))
+    if len(now) == len(saved):
+        return ""
+    if case.label_path is None and saved[: len(images)] == now:
+        return "has no label, the run began with one"
+    if case.label_path is not None and saved == now[: len(images)]:
+        return f"has a label, {case.label_path}, the run began without one"
+    return f"has {len(now)} files, the run began with {len(saved)}"
 
 
 def describe_data(data: Data) -> dict[str, Any]:
