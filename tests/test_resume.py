@@ -15,6 +15,7 @@ import pytest
 from jaxseg.config import base_config
 from jaxseg.data import cases, pipeline
 from jaxseg.experiment import resume, setup, train
+from jaxseg.problem import FileProblem
 from jaxseg.run import checkpoint
 from jaxseg.run import log as run_log
 
@@ -139,6 +140,18 @@ def test_other_data_is_refused(trained):
     path.write_text(json.dumps(metadata))
     try:
         with pytest.raises(setup.RunProblem, match="fingerprint"):
+            train.train(trained)
+    finally:
+        path.write_text(original)
+
+
+@pytest.mark.parametrize("text", ["{", '{"train": ["case_00"], "val": ["case_01"], "test": []}'])
+def test_a_split_beside_a_run_that_is_not_its_own_is_refused(trained, text):
+    path = pathlib.Path(trained.workdir, "split.json")
+    original = path.read_text()
+    path.write_text(text)
+    try:
+        with pytest.raises(FileProblem, match=r"split\.json: can not be read .* delete it, data\."):
             train.train(trained)
     finally:
         path.write_text(original)

@@ -17,6 +17,8 @@ from jaxseg.run import identity, writers
 from jaxseg.run.log import METRICS_NAME, TRACE_NAME, read_metrics, read_trace
 from jaxseg.run.readers import json_object, read_file
 
+SPLIT_NAME = "split.json"
+
 _MAX_LISTED = 10
 
 
@@ -39,8 +41,13 @@ def complete_as_saved(workdir: str, config: ConfigDict) -> ConfigDict:
 
 
 def refuse_other_data(workdir: str, data: Data) -> None:
-    """Raises RunProblem if the saved run in `workdir` was trained on other data."""
+    """Raises RunProblem if the saved run in `workdir` was trained on other data.
+
+    Its split.json must say nothing else; what it says decides nothing, so that changing it is a
+    mistake.
+    """
     now = describe_data(data)
+    split = now["split"]
     saved = saved_data(workdir, now.keys() - {"files"})
     files = _changed_files(saved.get("files", {}), now.pop("files"), data)
     changes = [
@@ -50,6 +57,13 @@ def refuse_other_data(workdir: str, data: Data) -> None:
     ]
     if changes or files:
         raise RunProblem(_another_run(workdir, changes + files))
+    if os.path.exists(os.path.join(workdir, SPLIT_NAME)):
+        read_file(workdir, SPLIT_NAME, lambda text: _check_split(text, split))
+
+
+def _check_split(text, split):
+    if json.loads(text) != split:
+        raise ValueError("it is not the split that the run was trained with")
 
 
 def refuse_damaged_files(workdir: str, *, is_new: bool) -> None:

@@ -24,6 +24,7 @@ from jaxseg.experiment.members import kind_of_members
 from jaxseg.experiment.plan_file import completed_by_file, naming_file
 from jaxseg.experiment.planned import fingerprint_json, resolved
 from jaxseg.experiment.resume import (
+    SPLIT_NAME,
     complete_as_saved,
     describe_data,
     refuse_another_experiment,
@@ -106,7 +107,7 @@ def _train(config, workdir, manager, log):
         writers.write_text(os.path.join(workdir, "plan.json"), data.plan.to_json())
         writers.write_text(os.path.join(workdir, "fingerprint.json"), fingerprint_json(found))
         writers.write_text(os.path.join(workdir, "data.json"), json.dumps(describe_data(data)))
-        splits.save_split(os.path.join(workdir, "split.json"), describe_data(data)["split"])
+        splits.save_split(os.path.join(workdir, SPLIT_NAME), describe_data(data)["split"])
 
     run, state = create_run(config, data, log, fresh=is_new)
     run = dataclasses.replace(run, workdir=workdir, manager=manager)

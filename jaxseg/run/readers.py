@@ -16,6 +16,7 @@ _MENDS = {
     "identity.json": "delete it, which forgets what earlier starts were computed with",
     "metrics.jsonl": "delete it, which forgets the learning curves so far",
     "trace.jsonl": "delete it, after which the steps so far can not be reproduced",
+    "split.json": "delete it, data.json says the same",
     "predictor.json": "run the command of its training again, which makes it anew",
 }
 
