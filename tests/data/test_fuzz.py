@@ -172,7 +172,7 @@ READ = {
     "predict": {"config.json", "plan.json", "data.json", "predictor.json"},
     "reproduce": {"config.json", "plan.json", "identity.json", "trace.jsonl"},
     "train": {"config.json", "plan.json", "data.json", "identity.json", "metrics.jsonl"}
-    | {"trace.jsonl"},
+    | {"trace.jsonl", "split.json"},
 }
 
 
