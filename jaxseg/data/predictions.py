@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxseg.data.formats import registry
+from jaxseg.data.formats.files import absence
 from jaxseg.problem import Problem, name_problems, printable
 from jaxseg.run.writers import json_ready, write_text
 
@@ -81,14 +82,17 @@ def find_images(
     if root.is_dir():
         paths = _images_below(root, Path(folder), recursive)
         if not paths:
+            others = left_out(root, folder, recursive)
+            but = f" but {', '.join(others)}" if others else ""
             more = "" if recursive else ", or look into its subfolders with --recursive"
-            raise FolderProblem(f"{root} holds no {registry.KINDS}; give another --input{more}")
+            wrong = f"{root} holds no {registry.KINDS}{but}"
+            raise FolderProblem(f"{wrong}; give another --input{more}")
     elif root.is_file() and registry.is_image(root):
         root, paths = root.parent, [root]
     elif root.exists():
         raise FolderProblem(f"{root} is no {registry.KINDS}; convert it")
     else:
-        raise FolderProblem(f"{root}: no such file or folder; correct --input")
+        raise FolderProblem(f"{root}: is {absence(root)}; correct --input")
     if problems := name_problems(paths):
         raise FolderProblem("\n- ".join(problems[:_MAX_NAMED]))
     groups = _channel_groups(paths, num_channels)

@@ -87,7 +87,7 @@ def test_find_images_refuses_to_write_over_an_image(tmp_path):
     for path, folder, message in (
         ("a.nii.gz", ".", "an output of .*, is a file of an image to segment too"),
         ("b.txt", "out", r"b\.txt is no NIfTI"),
-        ("c.nii", "out", r"c\.nii: no such file"),
+        ("c.nii", "out", r"c\.nii: is missing; correct --input"),
     ):
         with pytest.raises(predictions.FolderProblem, match=message):
             predictions.find_images(str(tmp_path / path), str(tmp_path / folder), ("label",), False)
@@ -260,6 +260,18 @@ def test_links_that_are_not_followed_are_told(tmp_path):
     for recursive, more in ((False, []), (True, ["p2 (a link to a folder)"])):
         told = predictions.left_out(tmp_path / "in", tmp_path / "out", recursive)
         assert told == ["c.nii.gz (a link to nothing)", *more]
+    for name in ("a.nii", "d.nii"):
+        (tmp_path / "in" / name).unlink()
+    but = r"but c\.nii\.gz \(a link to nothing\), p2 \(a link to a folder\); give another --input$"
+    with pytest.raises(predictions.FolderProblem, match=but):
+        find(tmp_path / "in", recursive=True)
+    for name in ("c.nii.gz", "c.nii.gz/e.nii"):
+        with pytest.raises(
+            predictions.FolderProblem, match=r"is a link to /.*/nothing, where noth"
+        ):
+            find(tmp_path / "in" / name)
+    with pytest.raises(predictions.FolderProblem, match=r"f\.nii: is missing; correct --input"):
+        find(tmp_path / "in" / "f.nii")
 
 
 def test_a_name_that_is_not_utf_8_is_refused_at_once(tmp_path):

@@ -415,7 +415,7 @@ def test_several_runs_have_mutual_information(fake, tmp_path):
         (("--workdir=run", "--input=a"), "--output must be given"),
         (("--wrokdir=run",), "Did you mean: workdir"),
         (("run",), "unexpected argument 'run'"),
-        (("--workdir=run", "--input=gone", "--output=out"), "gone: no such file or folder"),
+        (("--workdir=run", "--input=gone", "--output=out"), "gone: is missing; correct --input"),
     ],
 )
 def test_arguments_that_can_not_be_used_are_one_message(fake, capsys, arguments, message):

@@ -21,11 +21,14 @@ _MOST_BYTES_PER_GZIP_BYTE = 1032  # what deflate can reach
 
 def absence(path: str | Path) -> str:
     """What is where a file is not: nothing, a link to nothing, or a folder."""
+    path = Path(path)
     if os.path.isdir(path):
         return "a folder"
-    if not os.path.islink(path):
-        return "missing"
-    return f"a link to {printable(os.readlink(path))}, where nothing is"
+    for on_the_way in (path, *path.parents):
+        if os.path.islink(on_the_way) and not os.path.exists(on_the_way):
+            link = f"a link to {printable(os.readlink(on_the_way))}, where nothing is"
+            return link if on_the_way == path else f"missing, {printable(on_the_way)} is {link}"
+    return "missing"
 
 
 @contextlib.contextmanager

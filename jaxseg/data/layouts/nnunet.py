@@ -117,9 +117,9 @@ def _training_cases(path, content, num_channels, problems, notes):
             return []
         cases = _folder_cases(path.parent, "Tr", ending, num_channels, problems, notes)
         if not cases:
-            problems.append(
+            problems += listing.broken_links([path.with_name("imagesTr")]) or [
                 f"{path}: imagesTr holds no CASE_0000{ending}; copy the images there, named so"
-            )
+            ]
     num_training = content.get("numTraining", len(cases))
     if str(num_training) != str(len(cases)):
         notes.append(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -322,6 +323,25 @@ def test_links_to_nothing_of_nnunet_are_not_passed_over(nnunet_root):
     (nnunet_root / "labelsTs" / "c.nii.gz").symlink_to("/nowhere")
     [problem] = problems_of(nnunet.find, nnunet_root, Wanted(test_folder=True))
     assert "the label of case c is a link to /nowhere" in problem
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+def test_a_folder_that_is_a_link_to_nothing_is_named(tmp_path, folder):
+    image, label = "imagesTr/a_0000.nii", "labelsTr/a.nii"
+    touch(tmp_path, image, label)
+    shutil.rmtree(tmp_path / folder)
+    (tmp_path / folder).symlink_to("/nowhere")
+    one = {"channel_names": {"0": "T1"}, "numTraining": 1, "file_ending": ".nii"}
+    in_list = {
+        "modality": {"0": "T1"},
+        "labels": {"0": "background", "1": "organ"},
+        "training": [{"image": image, "label": label}],
+    }
+    table_of = NNUNET | one | {"dataset": {"a": {"images": [image], "label": label}}}
+    for content in (NNUNET | one, table_of, in_list):
+        describe(tmp_path, **content)
+        [problem] = problems_of(find.find_dataset, tmp_path, Wanted())
+        assert f"{folder} is a link to /nowhere, where nothing is" in problem.replace(": is", " is")
 
 
 def test_an_unlisted_link_to_nothing_is_told(tmp_path):
