@@ -50,6 +50,12 @@ FIELDS: dict[str, Any] = {
         "preset": "",  # how large the network is; auto: nnunet, without an accelerator compact
         "configuration": "auto",  # slices or volumes; auto: as suits the data
         "file": "",  # decisions that jaxseg.plan wrote, in the place of new ones
+        # GiB of each device, for which nnU-Net's presets are scaled; 0: a preset's own size, and
+        # less where the device has less. What is compiled and does not fit is made smaller.
+        "memory_gib": 0.0,
+        # To plan for a device that is not here: XLA's description of a GPU (a .txtpb file) or a
+        # slice of TPUs such as v5e:2x2.
+        "target": "",
     },
     "split": {
         "seed": 0,  # of who is in which set, so that `seed` repeats a run on the same
@@ -195,20 +201,14 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_NORMALISATIONS = ("auto", "ct", "zscore", "zscore_inside", "rescale_to_0_1", "rgb_to_0_1", "none")
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data.kind": ("auto", "msd", "nnunet", "images", "table"),
     "data.spacing_from": ("pixdim", "sform"),
     "plan.preset": ("", "auto", "compact", "nnunet", "resenc_m", "resenc_l", "resenc_xl"),
     "plan.configuration": ("auto", "2d", "3d_fullres", "3d_lowres"),
-    "preprocess.normalisation": (
-        "auto",
-        "ct",
-        "zscore",
-        "zscore_inside",
-        "rescale_to_0_1",
-        "rgb_to_0_1",
-        "none",
-    ),
+    "preprocess.normalisation": _NORMALISATIONS,
     "preprocess.image_order": (1, 3),
     "preprocess.label_order": (0, 1),
     "model.norm": ("instance", "batch", "group", "none"),
@@ -270,6 +270,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.clip_norm",
     "loss.border_weight.w0",
+    "plan.memory_gib",
     "parallel.virtual_shards",
     "ensemble.folds",
 )

@@ -6,7 +6,7 @@ import faulthandler
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,11 @@ class Layout:
         return self.mesh.axis_names == (AXIS_NAME,)
 
     @property
+    def compiles_ahead(self) -> bool:
+        """Whether steps compile before there is a batch: not those of pmap over processes."""
+        return not self.is_pmap or jax.process_count() == 1
+
+    @property
     def state_spec(self) -> PartitionSpec:
         """Of a leaf of the state: [...], or [M, ...]."""
         split = self.has_members and not self.is_pmap
@@ -69,7 +74,12 @@ class Layout:
         return self.mesh.shape[AXIS_NAME]
 
 
-def create_layout(mode: str = "pmap", num_members: int = 1, space: int = 1) -> Layout:
+def create_layout(
+    mode: str = "pmap",
+    num_members: int = 1,
+    space: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Layout:
     """Decides who does what.
 
     Args:
@@ -77,16 +87,18 @@ def create_layout(mode: str = "pmap", num_members: int = 1, space: int = 1) -> L
         members of an ensemble and the images too.
       num_members: as many devices take members of their own as divide that number.
       space: devices that share an image along its first spatial axis.
+      devices: None for those of all processes.
     Returns:
       Layout.
     Raises:
       ValueError: `space` does not divide the devices of a process.
     """
     has_members = num_members > 1
-    devices = np.asarray(sorted(jax.devices(), key=lambda d: (d.process_index, d.id)))
+    of_all = jax.devices() if devices is None else devices
+    order = np.asarray(sorted(of_all, key=lambda d: (d.process_index, d.id)))
     if mode == "pmap":
-        return Layout(Mesh(devices, (AXIS_NAME,)), has_members)
-    num_local = jax.local_device_count()
+        return Layout(Mesh(order, (AXIS_NAME,)), has_members)
+    num_local = len(order) // len({device.process_index for device in order})
     if num_local % space:
         raise ValueError(
             f"{num_local} device(s) of a process can not share images by {space}: set "
@@ -94,7 +106,7 @@ def create_layout(mode: str = "pmap", num_members: int = 1, space: int = 1) -> L
         )
     members = math.gcd(num_members, num_local // space)
     shape = (-1, members, space)
-    return Layout(Mesh(devices.reshape(shape), (AXIS_NAME, MEMBER_AXIS, SPACE_AXIS)), has_members)
+    return Layout(Mesh(order.reshape(shape), (AXIS_NAME, MEMBER_AXIS, SPACE_AXIS)), has_members)
 
 
 def map_train_step(step: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
@@ -145,6 +157,30 @@ def pmap_parts(function: Callable[..., Any]) -> Callable[..., Any]:
         in_axes=(None, None, None, None, None, 0),
         devices=jax.local_devices(),
     )
+
+
+def described(tree: Tree, layout: Layout) -> Tree:
+    """Shapes and dtypes of a state, or of what else each member has, as `place` places it."""
+    return _described(tree, NamedSharding(layout.mesh, layout.state_spec))
+
+
+def described_batch(tree: Tree, layout: Layout) -> Tree:
+    """Shapes and dtypes of leaves [B, ...] of the batch of all processes, as `shard` places them.
+
+    With an axis of members, where the layout has them, leaves are [M, B, ...].
+    """
+    num_parts, axis = layout.num_batch_parts, 1 if layout.has_members else 0
+
+    def spread(x):
+        shape = (*x.shape[:axis], x.shape[axis] // num_parts, *x.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct((num_parts, *shape), x.dtype)
+
+    tree = jax.tree.map(spread, tree)
+    return _described(tree, NamedSharding(layout.mesh, layout.batch_spec))
+
+
+def _described(tree, sharding):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def place(tree: Tree, layout: Layout) -> Tree:

@@ -26,7 +26,7 @@ CHECKPOINT_EVERY = 3
 ROOT = pathlib.Path(checkpoint.__file__).parents[2]
 # What a process does: it becomes the command, and notes what it has come to.
 CODE = """
-import dataclasses, itertools, os, runpy
+import os, runpy
 from jaxseg.experiment import assess, train
 
 assess._draw = assess._report = lambda *args: None  # take longest, and no number is in them
@@ -42,15 +42,17 @@ def noting(name, function):
         return function(*args, **kwargs)
     return noted
 
-def fit(run, state, first_step, stop_at, original=train.fit):
-    numbers = itertools.count(first_step + 1)
-    def train_step(*args):
-        result = run.train_step(*args)
-        note(f"step {next(numbers)}")
+def compile_step(*args, original=train.compile_step):
+    program = original(*args)
+    def train_step(state, *rest):
+        number = int(state.step) + 1
+        result = program(state, *rest)
+        note(f"step {number}")
         return result
-    return original(dataclasses.replace(run, train_step=train_step), state, first_step, stop_at)
+    train_step.memory_analysis = program.memory_analysis
+    return train_step
 
-train.fit = fit
+train.compile_step = compile_step
 train.validate = noting("validating", train.validate)
 train.assess = noting("finishing", train.assess)
 runpy.run_module(argv[0], run_name="__main__", alter_sys=True)

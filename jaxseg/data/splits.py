@@ -13,6 +13,8 @@ from jaxseg.run import writers
 
 SETS = ("train", "val", "test")
 UNUSED = "unused"
+# Of nnU-Net v2's folds.
+_RANDOM_STATE = 12345
 
 
 class SplitProblem(Problem, ValueError):
@@ -126,7 +128,8 @@ def split_by_subject(
 
     Args:
       case_ids: all cases of the dataset.
-      seed: of the permutation of the subjects; the same subjects in any order split alike.
+      seed: of the permutation of the subjects; the same subjects in any order split alike. Folds
+        for seed 0 are those of nnU-Net v2 where there is no test set.
       subject_of, twins: as `split_from_file`.
       test_regex: cases that match are the test set, instead of a random `test_fraction`.
       val_fraction: share of all subjects, at least one, when `num_folds` is 0.
@@ -154,7 +157,7 @@ def split_by_subject(
             )
         if fold not in range(num_folds):
             raise SplitProblem(f"split.fold {fold} is missing: there are {num_folds}, from 0")
-        val = set(rest[fold::num_folds])
+        val = _fold_of(sorted(rest), num_folds, fold, seed)
     elif fold:
         raise SplitProblem(
             f"split.fold {fold} is missing: the data say nothing of folds; set "
@@ -168,6 +171,13 @@ def split_by_subject(
         subject = subject_of(case)
         split["test" if subject in tested else "val" if subject in val else "train"].append(case)
     return _checked(split, case_ids, subject_of, twins, source="the split")
+
+
+def _fold_of(subjects, num_folds, fold, seed):
+    """As scikit-learn's KFold with shuffle=True and, for seed 0, nnU-Net's random state."""
+    order = np.arange(len(subjects))
+    np.random.RandomState(_RANDOM_STATE + seed).shuffle(order)
+    return {subjects[i] for i in np.array_split(order, num_folds)[fold]}
 
 
 def split_as_told(

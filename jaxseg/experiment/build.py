@@ -205,16 +205,19 @@ def create_recipe(
     )
 
 
-def create_layout(config: ConfigDict) -> parallel.Layout:
+def create_layout(config: ConfigDict, devices: Sequence[Any] | None = None) -> parallel.Layout:
     """How devices share the work of a run.
 
+    Args:
+      config: validated ConfigDict.
+      devices: that need not be there, and can not be those of a pmap; None for those that are.
     Raises:
       ConfigProblems: they can not.
     """
+    mode = config.parallel.mode if devices is None else "shard_map"
+    members, space = len(members_of(config)), config.parallel.space
     try:
-        return parallel.create_layout(
-            config.parallel.mode, len(members_of(config)), config.parallel.space
-        )
+        return parallel.create_layout(mode, members, space, devices)
     except ValueError as error:
         raise config_lib.ConfigProblems([str(error)]) from None
 

@@ -22,6 +22,7 @@ from jaxseg.data.surveyed import survey_once
 from jaxseg.data.verify import Survey, describe, examine, twins_of
 from jaxseg.experiment import advice
 from jaxseg.experiment.members import members_of
+from jaxseg.experiment.saved import Beginning
 from jaxseg.run.log import Log
 
 _MAX_LISTED = 5
@@ -85,34 +86,39 @@ class Found:
     planned: list[str]
 
 
-def load_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> Data:
+def load_data(config: ConfigDict, log: Log, begun: Beginning | None = None) -> Data:
     """Finds the dataset and splits it, and prepares it or finds it prepared.
 
     Args:
       config: validated ConfigDict that leaves nothing open.
       log: where to say what is done.
-      saved_plan: of the run that goes on; None makes one.
+      begun: the run that goes on; None makes a plan and draws a split.
     Raises:
       DatasetProblems, SplitProblem, OSError: the data can not be used.
       ConfigProblems: not by such a network.
     """
-    return prepare_data(config, find_data(config, log, saved_plan), log, saved_plan)
+    return prepare_data(config, find_data(config, log, begun), log, begun)
 
 
-def find_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> Found:
+def find_data(config: ConfigDict, log: Log, begun: Beginning | None = None) -> Found:
     """Finds the dataset, reads every case once, or knows it, and splits it by subject.
 
     Args, Raises: as `load_data`, but the config may leave fields open.
     """
     cache_dir = prepared.local_folder(config.data.cache_dir)
-    spacing_from = saved_plan.spacing_from if saved_plan else config.data.spacing_from
+    spacing_from = begun.plan.spacing_from if begun else config.data.spacing_from
     dataset = _found(config, cache_dir, spacing_from, log)
     survey, sha256, digests = survey_once(
         dataset, strict=config.data.strict, **_together(config, log)
     )
     for line in describe(survey, dataset.class_names):
         log.text(line)
-    splits_of = {fold: make_split(config, dataset, fold, survey) for fold in _folds_of(config)}
+    splits_of = {
+        member.fold: make_split(
+            config, dataset, member.fold, survey, begun.split_of(index) if begun else None
+        )
+        for index, member in enumerate(members_of(config))
+    }
     split = next(iter(splits_of.values()))
     used = {case_id for each in splits_of.values() for ids in each.values() for case_id in ids}
     if unused := [case.case_id for case in dataset.cases if case.case_id not in used]:
@@ -127,7 +133,7 @@ def find_data(config: ConfigDict, log: Log, saved_plan: Plan | None = None) -> F
 
 
 def prepare_data(
-    config: ConfigDict, found: Found, log: Log, saved_plan: Plan | None = None
+    config: ConfigDict, found: Found, log: Log, begun: Beginning | None = None
 ) -> Data:
     """Prepares a dataset that was found, or finds it prepared; as `load_data`."""
     dataset, survey = found.dataset, found.survey
@@ -139,7 +145,7 @@ def prepare_data(
         survey=survey,
         sha256=found.sha256,
         slices=len(config.data.patch_size) == 2,
-        saved_plan=saved_plan,
+        saved_plan=begun.plan if begun else None,
         border_weight=border_weight_of(config),
         process_count=jax.process_count(),
         **_together(config, log),
@@ -161,10 +167,6 @@ def _together(config, log):
         "process_index": jax.process_index(),
         "barrier": parallel.barrier,
     }
-
-
-def _folds_of(config):
-    return sorted({member.fold for member in members_of(config)})
 
 
 def _cross_validates(config, dataset):
@@ -240,11 +242,16 @@ def find_dataset(config: ConfigDict, cache_dir: str, log: Log) -> cases.Dataset:
 
 
 def make_split(
-    config: ConfigDict, dataset: cases.Dataset, fold: int, survey: Survey | None = None
+    config: ConfigDict,
+    dataset: cases.Dataset,
+    fold: int,
+    survey: Survey | None = None,
+    drawn: dict[str, list[str]] | None = None,
 ) -> dict[str, list[str]]:
     """The train, val and test cases that `config.split`, or the dataset itself, asks for.
 
-    Cases with the same image, which `survey` knows, are of one subject.
+    Cases with the same image, which `survey` knows, are of one subject. Where chance decides, and
+    has decided about these cases before, it is asked no more: `drawn` stays.
     """
     options = config.split.to_dict() | {"fold": fold}
     file, regex = options.pop("file"), options.pop("subject_regex")
@@ -271,6 +278,8 @@ def make_split(
         if not (len(test) == sum(bool(any(entry)) for entry in told.values()) and test):
             return splits.split_as_told(told, fold=fold, **belonging)
         options["test"] = test  # the rest is drawn
+    if drawn and sorted(case for ids in drawn.values() for case in ids) == sorted(case_ids):
+        return drawn
     options["num_folds"] = options["num_folds"] or config.ensemble.folds
     return splits.split_by_subject(case_ids, **belonging, **options)
 

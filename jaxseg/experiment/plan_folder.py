@@ -5,15 +5,15 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxseg import config_checks
 from jaxseg.config import ConfigProblems, flatten
-from jaxseg.config_planned import decided, open_config
+from jaxseg.config_planned import PLANNED, open_config
 from jaxseg.experiment import build
+from jaxseg.experiment.fitting import Fitted, fit_to_memory
 from jaxseg.experiment.gather import Found, find_data
-from jaxseg.experiment.planned import Planned, plan_for, reasons_for, values_of
-from jaxseg.models.summary import summarise_model, training_memory
+from jaxseg.experiment.planned import Planned, reasons_for
+from jaxseg.models.summary import summarise_model
 from jaxseg.planning.measures import CaseMeasures, pooled
 from jaxseg.run import writers
 from jaxseg.run.log import Log
@@ -39,18 +39,17 @@ def plan_folder(
     Returns:
       Text for the terminal.
     Raises:
-      ConfigProblems, DatasetProblems, SplitProblem, OSError: as training.
+      ConfigProblems, RunProblem, DatasetProblems, SplitProblem, OSError: as training.
+      TargetProblem: `plan.target` can not be compiled for.
     """
     config = _config_of(directory, preset, configuration, settings)
     config_checks.validate(config)
     found = find_data(config, log)
-    planned = plan_for(config, found)
-    values = values_of(planned, found.dataset)
-    complete = decided(config, values)
-    config_checks.validate(complete)
+    fitted = fit_to_memory(config, found)
+    planned = fitted.planned
     if output:
-        fields = flatten(complete)
-        decisions = {name: fields[name] for name in values}
+        fields = flatten(fitted.config)
+        decisions = {name: fields[name] for name in PLANNED}
         content = {
             "preset": planned.preset,
             "configuration": planned.name,
@@ -63,7 +62,7 @@ def plan_folder(
     sections = [
         *_about_data(found, planned.facts.channel_names),
         *_about_configurations(planned),
-        _about_training(complete, found, planned),
+        _about_training(fitted, found),
     ]
     if output:
         sections.append([f"written to {output}; train with --config.plan.file={output}"])
@@ -132,14 +131,15 @@ def _structure_lines(found: Found, measures: Sequence[CaseMeasures]) -> list[str
             if case.structures and case.structures[index].voxels
         ]
         if not there:
-            rows.append((name, "0", "", "", ""))
+            rows.append((name, "0", "", "", "", ""))
             continue
         volume = np.median([of.voxels * voxel_mm3 / 1000 for of, voxel_mm3 in there])
         extent = np.median([of.extent_mm for of, _ in there], axis=0)
         pieces = np.median([of.components for of, _ in there])
-        size = " x ".join(f"{mm:.3g}" for mm in extent)
-        rows.append((name, str(len(there)), f"{volume:.4g}", size, f"{pieces:.3g}"))
-    return _table(("class", "cases", "ml", "extent (mm)", "pieces"), rows)
+        chord = np.median([of.chord_mm for of, _ in there], axis=0)
+        size, across = (" x ".join(f"{mm:.3g}" for mm in of) for of in (extent, chord))
+        rows.append((name, str(len(there)), f"{volume:.4g}", size, across, f"{pieces:.3g}"))
+    return _table(("class", "cases", "ml", "extent (mm)", "through it (mm)", "pieces"), rows)
 
 
 def _about_configurations(planned: Planned) -> Iterator[list[str]]:
@@ -148,14 +148,11 @@ def _about_configurations(planned: Planned) -> Iterator[list[str]]:
         yield [f"{planned.preset} {name}{chosen}", *_table((), reasons_for(planned, name))]
 
 
-def _about_training(complete: ConfigDict, found: Found, planned: Planned) -> list[str]:
-    model = build.create_model_for(complete, len(found.dataset.class_names))
-    shape = (*complete.data.patch_size, len(planned.facts.channel_names))
-    kept = training_memory(model, shape) * complete.train.batch_size / 2**30
-    return [
-        summarise_model(model, shape),
-        f"kept for the gradient of a batch of {complete.train.batch_size}: {kept:.3g} GiB",
-    ]
+def _about_training(fitted: Fitted, found: Found) -> list[str]:
+    model = build.create_model_for(fitted.config, len(found.dataset.class_names))
+    shape = (*fitted.config.data.patch_size, len(fitted.planned.facts.channel_names))
+    _, taken, why = fitted.reason
+    return [summarise_model(model, shape), f"{taken} ({why})"]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

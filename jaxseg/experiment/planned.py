@@ -7,8 +7,9 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxseg.config import ConfigProblems, flatten
-from jaxseg.config_planned import PLANNED, decided
+from jaxseg.config_planned import PLANNED
 from jaxseg.data.cases import Dataset
+from jaxseg.data.formats.registry import is_volume
 from jaxseg.experiment.advice import left_right_of, names_a_side
 from jaxseg.experiment.gather import Found
 from jaxseg.planning.budget import Wishes
@@ -49,18 +50,26 @@ class Planned:
         return self.configurations[self.name]
 
 
-def plan_for(config: ConfigDict, found: Found) -> Planned:
+def preset_of(config: ConfigDict) -> str:
+    """The preset of `plan.preset`, where that is "auto" the one that suits the devices."""
+    if config.plan.preset != "auto":
+        return config.plan.preset
+    is_slow = jax.default_backend() == "cpu" and not config.plan.target
+    return "compact" if is_slow else "nnunet"
+
+
+def plan_for(config: ConfigDict, found: Found, *, scale: float = 1.0, parts: int = 1) -> Planned:
     """Plans for the training cases; what the config sets is obeyed.
 
     Args:
       config: ConfigDict with a `plan.preset`.
       found: of `find_data`.
+      scale: of what the preset allows.
+      parts: that a batch is divided into.
     Raises:
       ConfigProblems: There is no such configuration for the data.
     """
-    preset = config.plan.preset
-    if preset == "auto":
-        preset = "compact" if jax.default_backend() == "cpu" else "nnunet"
+    preset = preset_of(config)
     facts = _facts_of(found)
     wishes = Wishes(
         spacing_mm=tuple(config.preprocess.spacing_mm or ()),
@@ -68,8 +77,9 @@ def plan_for(config: ConfigDict, found: Found) -> Planned:
         batch_size=config.train.batch_size,
         axes=tuple(config.preprocess.axes or ()),
         num_stages=len(config.model.features or ()) or None,
+        parts=parts,
     )
-    made = configurations_of(facts, preset, wishes=wishes)
+    made = configurations_of(facts, preset, scale=scale, wishes=wishes)
     wanted = config.plan.configuration
     if wanted not in ("auto", *made):
         coarser = wanted == "3d_lowres" and wishes.spacing_mm
@@ -80,7 +90,7 @@ def plan_for(config: ConfigDict, found: Found) -> Planned:
                 f"{', '.join(made)}{own}"
             ]
         )
-    name, why = choose(made, wanted, preset, wishes)
+    name, why = choose(made, wanted, preset, wishes, facts)
     return Planned(preset, name, why, facts, made, _set_by_user(config))
 
 
@@ -136,6 +146,7 @@ def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
             made,
             planned.preset,
             left_right=left_right_of(dataset, made.axes) if sided else None,
+            is_scan=is_volume(dataset.cases[0].image_path),
         ),
     }
 
@@ -144,21 +155,3 @@ def fingerprint_json(found: Found) -> str:
     """What is kept of the cases that plans are made from, as JSON."""
     measures = {case_id: found.survey[case_id].measures for case_id in found.planned}
     return to_json(measures, _facts_of(found).channel_names)
-
-
-def resolved(config: ConfigDict, found: Found) -> tuple[ConfigDict, list[str]]:
-    """The config with every open field decided.
-
-    Returns:
-      (config, lines): ConfigDict, and what was decided and why, for the log.
-    """
-    planned = plan_for(config, found)
-    values = values_of(planned, found.dataset)
-    reasons = reasons_for(planned, planned.name)
-    lines = [f"plan: {planned.preset} {planned.name}, {planned.why}"]
-    lines += [f"  {what}: {value} ({why})" for what, value, why in reasons]
-    fields = flatten(config)
-    obeyed = [name for name in values if fields[name] is not None]
-    if obeyed:
-        lines.append(f"  set by you: {', '.join(f'{name} {fields[name]}' for name in obeyed)}")
-    return decided(config, values), lines

@@ -12,7 +12,7 @@ from jaxseg import parallel
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.gather import Data
 from jaxseg.experiment.predictor import FINISHED_NAME
-from jaxseg.experiment.saved import saved_config, saved_plan
+from jaxseg.experiment.saved import saved_beginning, saved_config
 from jaxseg.experiment.setup import check_batch_size, create_run, training_batches
 from jaxseg.problem import Problem
 from jaxseg.run import checkpoint, identity
@@ -40,10 +40,10 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
     """
     config = saved_config(workdir)
     config_json = read_file(workdir, "config.json", str)  # as it was recorded, whatever its version
-    plan, sessions = saved_plan(workdir), identity.read_sessions(workdir)
+    begun, sessions = saved_beginning(workdir), identity.read_sessions(workdir)
     recorded = _recorded_steps(workdir, config, num_steps)
     log = SilentLog()
-    data = gather.load_data(config, log, plan)
+    data = gather.load_data(config, log, begun)
     now = identity.describe(config_json, data.sha256)
     for session in sessions:
         for line in identity.differences(session, now):

@@ -1,5 +1,6 @@
 """What a run has saved of itself, read again: its settings, its preprocessing, its data."""
 
+import dataclasses
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,30 @@ from jaxseg import config as config_lib
 from jaxseg import config_checks
 from jaxseg.data.preprocess import Plan
 from jaxseg.run.readers import json_object, read_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What was decided when a run began, and stays as it is when it goes on.
+
+    Attributes:
+      plan: of its preprocessing.
+      splits: for each member a dict from "train", "val", "test" to case ids, or one for all.
+    """
+
+    plan: Plan
+    splits: tuple[dict[str, list[str]], ...]
+
+    def split_of(self, member: int) -> dict[str, list[str]]:
+        """Of one member."""
+        return self.splits[member if len(self.splits) > 1 else 0]
+
+
+def saved_beginning(workdir: str) -> Beginning:
+    """The beginning of the run in a folder; raises FileProblem if a file is missing or damaged."""
+    split = saved_data(workdir, ["split"])["split"]
+    splits = split if isinstance(split, list) else [split]
+    return Beginning(saved_plan(workdir), tuple(splits))
 
 
 def saved_config(workdir: str) -> ConfigDict:

@@ -63,6 +63,13 @@ def workdir_of(config: ConfigDict) -> str:
     return os.path.abspath(os.path.expanduser(config.workdir or os.path.join("runs", config.name)))
 
 
+def check_fits(config: ConfigDict, layout: parallel.Layout) -> None:
+    """Raises RunProblem or ConfigProblems if batch and patch suit neither devices nor network."""
+    check_batch_size(config, layout)
+    build.check_patch(config)
+    build.margin_of(config)
+
+
 def check_batch_size(config: ConfigDict, layout: parallel.Layout) -> None:
     """Raises RunProblem if the devices can not share the batch."""
     num_parts, virtual_shards = layout.num_batch_parts, config.parallel.virtual_shards

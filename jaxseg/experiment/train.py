@@ -13,16 +13,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
-from jaxseg import config_checks, parallel
+from jaxseg import parallel
 from jaxseg.config_planned import undecided
 from jaxseg.data import splits
 from jaxseg.data.cases import DatasetProblems
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.assess import assess
+from jaxseg.experiment.fitting import resolved
 from jaxseg.experiment.interrupts import stop_requests
 from jaxseg.experiment.members import kind_of_members
 from jaxseg.experiment.plan_file import completed_by_file, naming_file
-from jaxseg.experiment.planned import fingerprint_json, resolved
+from jaxseg.experiment.planned import fingerprint_json
 from jaxseg.experiment.resume import (
     SPLIT_NAME,
     complete_as_saved,
@@ -31,16 +32,17 @@ from jaxseg.experiment.resume import (
     refuse_damaged_files,
     refuse_other_data,
 )
-from jaxseg.experiment.saved import saved_plan
+from jaxseg.experiment.saved import saved_beginning
 from jaxseg.experiment.setup import (
     Run,
     RunProblem,
-    check_batch_size,
+    check_fits,
     create_run,
     training_batches,
     validation_batches,
     workdir_of,
 )
+from jaxseg.experiment.step_memory import compile_step, refuse_too_large
 from jaxseg.experiment.validate import of_finite, validate
 from jaxseg.run import checkpoint, identity, writers
 from jaxseg.run.log import Log, RunLog, SilentLog, StepProgress, trace_row, without_lists
@@ -71,9 +73,9 @@ def train(config: ConfigDict) -> int | None:
     if config.plan.file and (begins or os.path.exists(os.path.expanduser(config.plan.file))):
         with naming_file(config):
             config = completed_by_file(config)
-            check_fits(config)
+            check_fits(config, build.create_layout(config))
     elif not undecided(config):
-        check_fits(config)
+        check_fits(config, build.create_layout(config))
     if begins:
         build.check_initial_weights(config)
     os.makedirs(workdir, exist_ok=True)
@@ -95,11 +97,11 @@ def train(config: ConfigDict) -> int | None:
 
 def _train(config, workdir, manager, log):
     is_new = manager.latest_step() is None
-    plan = None if is_new else saved_plan(workdir)
+    begun = None if is_new else saved_beginning(workdir)
     with _listing_all(workdir):
-        found = gather.find_data(config, log, plan)
+        found = gather.find_data(config, log, begun)
         config = _decided(config, found, log)
-        data = gather.prepare_data(config, found, log, plan)
+        data = gather.prepare_data(config, found, log, begun)
     if not is_new:
         refuse_other_data(workdir, data)
     elif jax.process_index() == 0:
@@ -137,18 +139,10 @@ def _decided(config, found, log):
             log.text(f"plan: {config.plan.file}")
         return config
     config, lines = resolved(config, found)
-    config_checks.validate(config)
-    check_fits(config)
+    check_fits(config, build.create_layout(config))
     for line in lines:
         log.text(line)
     return config
-
-
-def check_fits(config: ConfigDict) -> None:
-    """Raises RunProblem or ConfigProblems if batch and patch suit neither devices nor network."""
-    check_batch_size(config, build.create_layout(config))
-    build.check_patch(config)
-    build.margin_of(config)
 
 
 @contextlib.contextmanager
@@ -177,11 +171,15 @@ def fit(
     Returns:
       (state, signal): the last TrainState, which has been saved, and what stopped it, or 0.
     Raises:
+      ConfigProblems: the devices can not hold what a step needs.
       RunProblem: a loss was not finite; what was saved before is kept.
       CheckpointProblem: a checkpoint could not be written; those before are kept.
     """
     config, log = run.config, run.log
     num_steps = config.train.num_steps
+    if first_step == num_steps:
+        return state, 0
+    train_step = _compiled(run, state)
     val_batches = [parallel.shard(batch, run.layout) for batch in validation_batches(run)]
     batches = training_batches(run, first_step, num_steps)
     batch_size = config.train.batch_size * len(run.members)
@@ -190,7 +188,7 @@ def fit(
     pending = []  # metrics still on the device: fetching them every step would stall it
     prefetched = parallel.prefetch_to_device(batches, run.layout)
     for step, batch in enumerate(prefetched, start=first_step + 1):
-        state, step_metrics = run.train_step(state, batch, run.keys, run.learning_rates)
+        state, step_metrics = train_step(state, batch, run.keys, run.learning_rates)
         pending.append(step_metrics)
         progress.advance()
 
@@ -220,6 +218,17 @@ def fit(
             break
     progress.close()
     return state, stopping
+
+
+def _compiled(run, state):
+    """The training step as a program that is known to fit into memory, where that can be known."""
+    if not run.layout.compiles_ahead:
+        return run.train_step
+    members = (state, run.keys, run.learning_rates)
+    channels, layout = run.data.num_channels, run.layout
+    program = compile_step(run.train_step, run.config, members, channels, layout)
+    run.log.text(refuse_too_large(program, run.config))
+    return program
 
 
 def mean_metrics(

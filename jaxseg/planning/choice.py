@@ -2,15 +2,21 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from jaxseg.planning.budget import Wishes
-from jaxseg.planning.configurations import Configuration
+from jaxseg.planning.configurations import Configuration, DatasetFacts
 
 # Slices this much thicker than wide show little of what is above and below.
 MUCH_THICKER = 3.0
 
 
 def choose(
-    made: Mapping[str, Configuration], wanted: str, preset_name: str, wishes: Wishes
+    made: Mapping[str, Configuration],
+    wanted: str,
+    preset_name: str,
+    wishes: Wishes,
+    facts: DatasetFacts,
 ) -> tuple[str, str]:
     """Returns (name, why) of the configuration to train.
 
@@ -19,6 +25,7 @@ def choose(
       wanted: one of the names in `made`, or "auto".
       preset_name: that they were made with.
       wishes: of the user; the rank of a patch decides.
+      facts: that they were made from.
     """
     if wanted != "auto":
         return wanted, "as you set"
@@ -27,7 +34,7 @@ def choose(
         return ("2d" if is_flat else "3d_fullres"), "for a patch of the size you set"
     if "3d_fullres" not in made:
         return "2d", "since cases are single slices"
-    spacing = made["3d_fullres"].spacing_mm
+    spacing = np.median(np.asarray(facts.spacings_mm), axis=0)[list(made["3d_fullres"].axes)]
     ratio = spacing[2] / max(spacing[:2])
     if preset_name == "compact" and ratio > MUCH_THICKER:
         return "2d", f"since slices are {ratio:.3g} times as thick as their voxels are wide"

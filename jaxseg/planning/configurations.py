@@ -33,6 +33,8 @@ class DatasetFacts:
       num_labels: background and ignored label included.
       num_training: cases.
       relative_size: median of the voxels that cropping leaves, as a part of all.
+      chords_mm: [classes, 3] how far it is through a structure, medians of the cases that have it;
+        () where that is not known.
     """
 
     spacings_mm: Sequence[Sequence[float]]
@@ -41,6 +43,7 @@ class DatasetFacts:
     num_labels: int
     num_training: int
     relative_size: float
+    chords_mm: Sequence[Sequence[float]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,7 @@ def facts_from(
         num_labels=num_labels,
         num_training=len(measures),
         relative_size=float(np.median([case.relative_size for case in measures])),
+        chords_mm=_median_chords(measures),
     )
 
 
@@ -107,7 +111,7 @@ def configurations_of(
     facts: DatasetFacts,
     preset_name: str,
     *,
-    gib: float | None = None,
+    scale: float = 1.0,
     wishes: Wishes = NO_WISHES,
 ) -> dict[str, Configuration]:
     """The configurations that a preset has for a dataset, by name.
@@ -118,13 +122,27 @@ def configurations_of(
     Args:
       facts: of the training cases.
       preset_name: of `budget.PRESETS`.
-      gib: memory of the accelerator, None for the preset's own.
+      scale: of what the preset allows.
       wishes: of the user.
     """
     preset = PRESETS[preset_name]
-    target = target_of(facts.spacings_mm, facts.shapes, wishes.spacing_mm, wishes.axes)
+    on_grid = functools.partial(_on_grid, facts, preset, scale, wishes)
+    made = on_grid(wishes.spacing_mm)
+    is_free = bool(facts.chords_mm) and not wishes.spacing_mm
+    if preset.voxels_across and is_free and not _shows_all(made.get("3d_fullres", made["2d"])):
+        return on_grid(coarsest_that_shows(facts, preset.voxels_across))
+    return made
+
+
+def _shows_all(made):
+    return all(n >= size for n, size in zip(made.patch_size, made.median_shape, strict=True))
+
+
+def _on_grid(facts, preset, scale, wishes, wanted_mm):
+    """All configurations, for a spacing that is wanted, or () for that of the cases."""
+    target = target_of(facts.spacings_mm, facts.shapes, wanted_mm, wishes.axes)
     size = math.prod(target.median_shape)
-    plan = functools.partial(_planned, facts, preset, gib, target, wishes)
+    plan = functools.partial(_planned, facts, preset, scale, target, wishes)
     made: dict[str, Configuration] = {}
     if target.median_shape[-1] != 1:
         full = plan(target.spacing_mm, target.median_shape, size)
@@ -136,14 +154,37 @@ def configurations_of(
     return made | {"2d": dataclasses.replace(flat, batch_dice=True)}
 
 
-def _planned(facts, preset, gib, target, wishes, spacing_mm, median_shape, size):
+def coarsest_that_shows(facts: DatasetFacts, voxels_across: float) -> tuple[float, ...]:
+    """The spacing [3] of the coarsest grid on which even thin structures are voxels across.
+
+    It is as fine as that of the cases where that is coarser, along an axis.
+
+    Args:
+      facts: with `chords_mm`.
+      voxels_across: of the mean line through the structure where it is thinnest.
+    """
+    target = target_of(facts.spacings_mm, facts.shapes)
+    spacing = np.empty(3)
+    spacing[list(target.axes)] = target.spacing_mm
+    most = np.asarray(facts.chords_mm)[:, list(target.axes[:2])].min() / voxels_across
+    return tuple(np.maximum(spacing, most).tolist())
+
+
+def _median_chords(measures):
+    """Of each class the median over the cases that have it; classes that none has are left out."""
+    by_class = zip(*(case.structures for case in measures if case.structures), strict=True)
+    found = [[of.chord_mm for of in cases if of.voxels] for cases in by_class]
+    return [np.median(chords, axis=0).tolist() for chords in found if chords]
+
+
+def _planned(facts, preset, scale, target, wishes, spacing_mm, median_shape, size):
     batch = batch_within(
         preset,
         spacing_mm,
         median_shape,
         num_voxels=size * facts.num_training,
         num_labels=facts.num_labels,
-        gib=gib,
+        scale=scale,
         wishes=wishes,
     )
     return _configuration(facts, preset, target, spacing_mm, median_shape, batch)

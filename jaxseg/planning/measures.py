@@ -41,11 +41,14 @@ class Structure:
       voxels: number of them.
       components: pieces that do not touch, not even at a corner.
       extent_mm: [3] of the box around all of them, along the axes; zeros where there is none.
+      chord_mm: [3] how far it is through the structure, the mean over all lines along an axis;
+        likewise (the mean intercept length of stereology).
     """
 
     voxels: int
     components: int
     extent_mm: tuple[float, ...]
+    chord_mm: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ class CaseMeasures:
                 for of in fields["intensities"]
             ),
             structures=tuple(
-                Structure(**(of | {"extent_mm": tuple(of["extent_mm"])}))
+                Structure(**(of | {name: tuple(of[name]) for name in ("extent_mm", "chord_mm")}))
                 for of in fields["structures"]
             ),
             background=fields["background"],
@@ -191,8 +194,16 @@ def _spread(quantiles):
 
 def _structure(label, number, box, spacing_mm):
     if box is None:
-        return Structure(0, 0, (0.0, 0.0, 0.0))
+        return Structure(0, 0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     inside = label[box] == number
     _, components = ndimage.label(inside, np.ones((3, 3, 3)))
     extent = [n * mm for n, mm in zip(inside.shape, spacing_mm, strict=True)]
-    return Structure(int(inside.sum()), int(components), tuple(map(float, extent)))
+    voxels = int(inside.sum())
+    chords = [voxels / _entries(inside, axis) * mm for axis, mm in enumerate(spacing_mm)]
+    return Structure(voxels, int(components), tuple(map(float, extent)), tuple(map(float, chords)))
+
+
+def _entries(inside, axis):
+    """How often lines along an axis enter a mask."""
+    along = np.moveaxis(inside, axis, 0)
+    return int(along[0].sum() + (along[1:] & ~along[:-1]).sum())

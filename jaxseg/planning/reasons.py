@@ -51,7 +51,7 @@ def _decisions(name, made, facts, preset_name, own):
         "spacing",
         "preprocess.spacing_mm",
         f"{_by(made.spacing_mm)} mm",
-        _why_spacing(name, made, facts),
+        _why_spacing(name, made, facts, PRESETS[preset_name].voxels_across),
     )
     axes = "".join(_AXES[axis] for axis in made.axes)
     yield "axes", "preprocess.axes", axes, _why_axes(made)
@@ -99,12 +99,18 @@ def _suits(field, value, rank):
     return field != "data.patch_size" or len(value) == rank
 
 
-def _why_spacing(name, made, facts):
+def _why_spacing(name, made, facts, voxels_across):
     target = target_of(facts.spacings_mm, facts.shapes)
     if name == "3d_lowres":
         return (
             f"coarser until a patch shows {_percent(LOW_RESOLUTION_BELOW)} of a case, which has "
             f"{_by(target.median_shape)} voxels at full resolution"
+        )
+    if voxels_across and facts.chords_mm and made.spacing_mm[0] > target.spacing_mm[0]:
+        through = np.asarray(facts.chords_mm)[:, list(target.axes[:2])].min()
+        return (
+            f"coarser than the median, {_by(target.spacing_mm[: len(made.spacing_mm)])} mm: the "
+            f"thinnest structure, {through:.3g} mm through, keeps {voxels_across:g} voxels"
         )
     if target.is_coarse and len(made.spacing_mm) == 3:
         across = _AXES[target.axes[2]]
@@ -128,6 +134,7 @@ def _why_batch(made, preset_name):
         "budget": f"fills the budget of {preset_name}: {millions} million numbers a patch",
         "dataset": f"more than {most} of all voxels in a step teach little",
         "fewest": "no step has fewer",
+        "devices": "the next number that devices, or parts of a step, can share",
     }[made.batch_limit]
 
 

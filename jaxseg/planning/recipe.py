@@ -8,6 +8,8 @@ from jaxseg.planning.configurations import Configuration
 FLAT = 3.0
 # Slices that are so much longer than wide turn little.
 LONG = 1.5
+# Patients hardly lie more askew.
+TILTED_DEG = 30.0
 # Of networks that are trained for long, as nnU-Net's are, and of those that are not.
 _LONG_RUN = {
     "optim.name": "sgd",
@@ -21,27 +23,37 @@ _SHORT_RUN = {
 }
 
 
-def recipe_of(made: Configuration, preset_name: str, *, left_right: int | None) -> dict[str, Any]:
+def recipe_of(
+    made: Configuration, preset_name: str, *, left_right: int | None, is_scan: bool
+) -> dict[str, Any]:
     """Values of config fields, as in nnU-Net; but sides that are classes are never exchanged.
+
+    Scans lie as patients do. A network that is trained for minutes is not asked to know them from
+    every side: it would have learnt them from one by then.
 
     Args:
       made: Configuration.
       preset_name: that it was made with.
       left_right: axis of the patch along which left and right are classes of their own, or None.
+      is_scan: whether cases have a direction, as pictures have not.
     """
+    is_short = preset_name == "compact"
     patch = made.patch_size
     flat = len(patch) == 3 and max(patch) / patch[-1] > FLAT
     if len(patch) == 3:
         most = 180.0 if flat else 30.0
     else:
         most = 15.0 if max(patch) / min(patch) > LONG else 180.0
+    mirrored = tuple(axis for axis in range(len(patch)) if axis != left_right)
+    if is_short and is_scan:
+        most, mirrored = min(most, TILTED_DEG), ()
     return {
         "augment.rotation.range_deg": (-most, most),
         "augment.rotation.in_plane": flat,
         "augment.scaling.in_plane": flat,
-        "augment.flip.axes": tuple(axis for axis in range(len(patch)) if axis != left_right),
+        "augment.flip.axes": mirrored,
         "augment.blur.channel_prob": 0.5,
         "augment.low_resolution.channel_prob": 0.5,
         "data.foreground_by_place": True,
-        **(_SHORT_RUN if preset_name == "compact" else _LONG_RUN),
+        **(_SHORT_RUN if is_short else _LONG_RUN),
     }

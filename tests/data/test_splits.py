@@ -320,3 +320,22 @@ def test_cases_with_one_image_are_of_one_subject():
 def test_a_given_test_set_is_kept():
     split = split_by_subject(list("abcdefgh"), seed=0, test=["c"])
     assert split["test"] == ["c"] and len(split["val"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "validated"),
+    [
+        (13, [[0, 7, 9], [3, 6, 10], [8, 11, 12], [1, 4], [2, 5]]),
+        (20, [[3, 8, 13, 16], [0, 10, 12, 15], [6, 7, 11, 17], [9, 14, 18, 19], [1, 2, 4, 5]]),
+    ],
+)
+def test_folds_without_a_test_set_are_those_of_nnunet(number, validated):
+    """As scikit-learn 1.9.1's KFold(5, shuffle=True, random_state=12345) has them."""
+    ids = [f"case_{index:02}" for index in range(number)]
+    folds = [
+        split_by_subject(ids[::-1], seed=0, test_fraction=0, num_folds=5, fold=fold)["val"]
+        for fold in range(5)
+    ]
+    assert folds == [[ids[index] for index in of] for of in validated]
+    other = split_by_subject(ids, seed=1, test_fraction=0, num_folds=5, fold=0)["val"]
+    assert other != folds[0]

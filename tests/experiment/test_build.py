@@ -209,3 +209,13 @@ def test_how_slices_are_cut_and_sides_are_mistaken_is_said():
 )
 def test_names_of_sides(name, says_so):
     assert advice.names_a_side(name) == says_so
+
+
+def test_a_split_that_was_drawn_stays_drawn():
+    config = base_config()
+    config.split.num_folds = 4
+    dataset = some_cases(20)
+    drawn = gather.make_split(config, dataset, 0)
+    drawn["train"].append(drawn["val"].pop())
+    assert gather.make_split(config, dataset, 0, drawn=drawn) is drawn
+    assert gather.make_split(config, some_cases(21), 0, drawn=drawn) != drawn

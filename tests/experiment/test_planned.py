@@ -17,7 +17,7 @@ from jaxseg.config import ConfigProblems, base_config, flatten
 from jaxseg.config_checks import validate
 from jaxseg.config_planned import PLANNED, decided, undecided
 from jaxseg.data import pipeline
-from jaxseg.experiment import plan_folder, planned, train
+from jaxseg.experiment import fitting, plan_folder, planned, train
 from jaxseg.experiment.gather import find_data
 from jaxseg.experiment.plan_file import completed_by_file
 from jaxseg.experiment.setup import RunProblem
@@ -44,7 +44,7 @@ def open_config(data, tmp_path, **changes):
 
 def resolve(config):
     found = find_data(config, run_log.SilentLog())
-    return planned.resolved(config, found)
+    return fitting.resolved(config, found)
 
 
 def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
@@ -59,7 +59,8 @@ def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
     assert complete.preprocess.spacing_mm == (1.0, 1.0, 2.0)
     assert complete.model.strides == ((2, 2, 1), (2, 2, 2))
     assert complete.model.features == (16, 32, 64)
-    assert complete.augment.flip.axes == (0, 1, 2)
+    assert complete.augment.flip.axes == ()  # the network is trained for minutes
+    assert complete.augment.rotation.range_deg == (-30.0, 30.0)
     assert (complete.preprocess.crop, complete.preprocess.image_order) == (True, 3)
     assert complete.preprocess.normalisation == "zscore"
     assert (complete.optim.name, complete.optim.learning_rate) == ("adamw", 2e-3)
@@ -103,7 +104,7 @@ def test_sides_that_are_classes_are_not_exchanged(make_msd_folder, tmp_path):
     description = json.loads((data / "dataset.json").read_text())
     description["labels"] = {"0": "background", "1": "left kidney", "2": "right kidney"}
     (data / "dataset.json").write_text(json.dumps(description))
-    complete, _ = resolve(open_config(data, tmp_path))
+    complete, _ = resolve(open_config(data, tmp_path, **{"plan.preset": "nnunet"}))
     assert complete.augment.flip.axes == (1, 2)
 
 
@@ -134,7 +135,7 @@ def test_killed_and_resumed_it_gives_the_same_bits_and_plans_once(boxes, tmp_pat
     def never(*args):
         raise AssertionError("the plan is made again")
 
-    monkeypatch.setattr(planned, "plan_for", never)
+    monkeypatch.setattr(fitting, "plan_for", never)
     assert train.train(whole) is None
 
     file = tmp_path / "plan.json"
@@ -177,7 +178,7 @@ def test_the_text_and_the_file_of_a_plan(boxes, tmp_path):
         "nnunet 3d_fullres, which is trained",
         "nnunet 2d",
         "parameters",
-        "kept for the gradient of a batch of 5",
+        "5 patches of 20 x 20 x 8 take ",
     ):
         assert words in text
     content = json.loads(output.read_text())
@@ -213,7 +214,7 @@ def test_channels_without_a_name_have_their_number_everywhere(tmp_path):
             Image.fromarray(values.astype(np.uint8)).save(path)
     config = open_config(tmp_path / "data", tmp_path)
     found = find_data(config, run_log.SilentLog())
-    _, lines = planned.resolved(config, found)
+    _, lines = fitting.resolved(config, found)
     names = [line.split(":")[0].strip() for line in lines if line.startswith("  channel")]
     assert names == ["channel 0", "channel 1", "channel 2"]
     fingerprint = json.loads(planned.fingerprint_json(found))

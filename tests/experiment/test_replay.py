@@ -43,6 +43,8 @@ def make_run(tmp_path):
         config_json = to_json(base_config())
         (tmp_path / "config.json").write_text(config_json)
         (tmp_path / "plan.json").write_text(PLAN.to_json())
+        data = {"class_names": ["0", "1"], "label_values": None, "num_channels": 1}
+        (tmp_path / "data.json").write_text(json.dumps(data | {"split": {"train": ["a"]}}))
         identity.record(tmp_path, 0, identity.describe(config_json, "f" * 64))
         with contextlib.closing(run_log.RunLog(str(tmp_path))) as log:
             log.start_at(0)

@@ -88,8 +88,8 @@ def test_the_largest_preset_by_hand():
 def test_more_memory_is_a_larger_patch():
     facts = DatasetFacts([[1, 1, 1]] * 9, [[512] * 3] * 9, ["CT"], 2, 9, 1.0)
     small, same, large = (
-        configurations_of(facts, "resenc_m", gib=gib)["3d_fullres"].activations
-        for gib in (4, 8, 24)
+        configurations_of(facts, "resenc_m", scale=scale)["3d_fullres"].activations
+        for scale in (0.5, 1, 3)
     )
     assert small <= 340e6 < same <= 680e6 < large <= 3 * 680e6
 

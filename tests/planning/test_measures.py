@@ -29,12 +29,29 @@ def test_a_case_by_hand():
     assert (one.voxels, one.components, one.extent_mm) == (16, 1, (4.0, 8.0, 12.0))
     assert (two.voxels, two.components, two.extent_mm) == (0, 0, (0.0, 0.0, 0.0))
     assert (three.voxels, three.components, three.extent_mm) == (3, 1, (3.0, 2.0, 3.0))
+    assert (one.chord_mm, two.chord_mm) == ((2.0, 4.0, 6.0), (0.0, 0.0, 0.0))
     first, second = case.intensities
     assert (first.count, first.mean, first.std) == (19, 5.0, 0.0)
     assert (second.count, second.mean) == (19, 10.0)
     assert second.std == pytest.approx(np.std(np.arange(1, 20)))
     assert second.quantiles[0] == 1 and second.quantiles[-1] == 19
     assert second.quantiles[128] == 10  # the median is the middle of 257
+
+
+def test_chords_of_a_disc_and_of_a_ring():
+    """The mean of lines through a disc is pi / 4 of its diameter; a ring's are cut in two."""
+    x, y = np.mgrid[:200, :200] - 99.5
+    disc = (np.hypot(x, y) < 80)[..., None].astype(np.uint8)
+    ring = disc - (np.hypot(x, y) < 60)[..., None]
+    image = np.ones((200, 200, 1, 1), np.float32)
+    through_disc, through_ring = (
+        measures.measure_case(image, label, (0.5, 0.5, 7), 2).structures[0].chord_mm
+        for label in (disc, ring)
+    )
+    np.testing.assert_allclose(through_disc, (np.pi / 4 * 80, np.pi / 4 * 80, 7), rtol=0.01)
+    # Lines: 160 in all, of which 120 enter twice.
+    area = np.pi * (80**2 - 60**2)
+    np.testing.assert_allclose(through_ring[:2], [0.5 * area / 280] * 2, rtol=0.01)
 
 
 def test_values_that_no_class_has_are_no_foreground():
