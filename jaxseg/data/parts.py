@@ -3,17 +3,16 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Mapping
 
 import tensorflow_datasets as tfds
 
+from jaxseg.data import workers
 from jaxseg.data.builder import CaseBuilder, open_split
 from jaxseg.data.cases import Case, Dataset
 from jaxseg.data.digests import files_of, sha256_of
@@ -28,10 +27,6 @@ MAX_PARTS = 64
 _LITTLE_SPACE = 1 << 20
 # Says of each file of a part what it is to be.
 MANIFEST = "files.json"
-# Smaller data (as files) is prepared before other processes have started.
-POOL_BYTES = 256 << 20
-# Each holds some copies of a whole scan.
-MAX_WORKERS = 8
 
 
 def cut(dataset: Dataset, folder: str) -> dict[str, Dataset]:
@@ -57,16 +52,23 @@ def make_parts(
         return
     cases = [case for part in parts.values() for case in part.cases]
     shown_cases = iter(progress(cases))
-    num_workers = max(min(most_workers, len(parts), MAX_WORKERS), 1)
     paths = [path for case in cases for path in files_of(case)]
-    if num_workers == 1 or sum(map(os.path.getsize, paths)) < POOL_BYTES:
+    num_workers = workers.workers_for(paths, len(parts), most_workers)
+    if num_workers == 1:
         for folder, part in parts.items():
             make_part(folder, part, itertools.islice(shown_cases, len(part.cases)))
     else:
         next(shown_cases)  # starts the clock of progress: the first cases are being prepared
-        for count in _made_by_workers(parts, make_part, num_workers):
+        make = functools.partial(_make_one, make_part)
+        purpose = f"prepare cases in {os.path.dirname(next(iter(parts)))}"
+        items = list(parts.items())
+        for _, count in workers.in_processes(make, items, num_workers, purpose=purpose):
             next(itertools.islice(shown_cases, count, None), None)
     next(shown_cases, None)  # so that progress knows it is over
+
+
+def _make_one(make_part, part):
+    return make_part(*part)
 
 
 def make_part(
@@ -166,66 +168,3 @@ def _first_line(error):
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _made_by_workers(parts, make_part, num_workers):
-    """Lets processes make a share of the parts each; yields the number of cases of every part.
-
-    Each has a pipe of its own, so that one that is killed holds no lock that others wait for.
-    """
-    context = multiprocessing.get_context("spawn")
-    workers, ears = [], []
-    try:
-        for index in range(num_workers):
-            ear, mouth = context.Pipe(duplex=False)
-            share = dict(list(parts.items())[index::num_workers])
-            worker = context.Process(target=_make_share, args=(share, make_part, mouth))
-            worker.start()
-            mouth.close()
-            workers.append(worker)
-            ears.append(ear)
-        while ears:
-            ready = multiprocessing.connection.wait(ears)
-            for ear in [ear for ear in ears if ear in ready]:
-                try:
-                    told = ear.recv()
-                except (EOFError, ConnectionResetError):
-                    raise OSError(
-                        f"{os.path.dirname(next(iter(parts)))}: one of {num_workers} processes "
-                        "that prepare cases was killed, most likely for want of memory; run the "
-                        "same command to go on with the parts that are left, with fewer CPU cores "
-                        "if it happens again"
-                    ) from None
-                if isinstance(told, Exception):
-                    raise told
-                if told is None:
-                    ears.remove(ear)
-                else:
-                    yield told
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
-
-
-def _make_share(share, make_part, mouth):
-    """What a worker does: tells the number of cases of each part, then None, or what went wrong."""
-    _end_with_parent()
-    try:
-        for folder, part in share.items():
-            mouth.send(make_part(folder, part))
-        mouth.send(None)
-    except Exception as error:
-        mouth.send(error)
-
-
-def _end_with_parent():
-    """Lets this process end when its parent was killed, who can not tell it to."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # it was spawned
-
-    def wait():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from jaxseg import geometry
-from jaxseg.data import cases, images, labels, memory
+from jaxseg.data import cases, images, labels, memory, workers
 from jaxseg.data.formats import registry
 from jaxseg.data.formats.volume import Remark, grouped
 from jaxseg.planning.measures import CaseMeasures, measure_case
 from jaxseg.problem import FileProblem, file_problem
 
 _MAX_LISTED = 5
+# Memory that reading and measuring a packed file takes, as a multiple of its size.
+_UNPACKED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,36 +118,17 @@ def examine(
     Returns:
       (survey, problems): survey of the cases that can be read; sentences as `verify` raises.
     """
-    problems: list[FileProblem | str] = []
-    num_channels: dict[str, int] = {}
-    survey: Survey = {}
     everyone = (*dataset.cases, *dataset.unlabelled)
-    for case in progress(everyone) if progress else everyone:
-        image = _try(problems, _image_of, dataset, case)
-        stored = _try(problems, _label_of, dataset, case) if case.label_path else None
-        remarks = []
-        if image is not None:
-            problems += images.affine_problems(case.image_path, image.affine)
-            problems += images.image_problems(case.image_path, image.values)
-            num_channels[case.image_path] = image.values.shape[3]
-            remarks += _told(dataset, case.image_path, image.remarks)
-        label = None
-        if stored is not None and case.label_path is not None:
-            problems += images.affine_problems(case.label_path, stored.affine)
-            remarks += _told(dataset, case.label_path, stored.remarks)
-            label = _try(problems, labels.encode_label, case.label_path, stored, dataset.coding)
-        if image is not None and stored is not None:
-            near = _try(problems, _grid_remarks, case, image, stored) or ()
-            remarks += _told(dataset, case.label_path, near)
-        if image is not None and image.values.size:
-            content = "" if _is_constant(image.values) else _content_key(image.values)
-            if not content and _is_labelled(label, len(dataset.class_names)):
-                wrong = f"every value is {image.values.flat[0]:g}, though something is labelled"
-                mend = "copy it again from the source or remove the case"
-                problems.append(f"{case.image_path}: {wrong}; {mend}")
-            if not images.affine_problems("", image.affine):
-                measures = _measured(image, label, len(dataset.class_names))
-                survey[case.case_id] = CaseFacts(measures, content, tuple(remarks))
+    found = _examined(dataset, everyone, progress or iter)
+    problems: list[str] = [problem for one in found for problem in one.problems]
+    survey: Survey = {
+        case.case_id: one.facts for case, one in zip(everyone, found, strict=True) if one.facts
+    }
+    num_channels = {
+        case.image_path: one.num_channels
+        for case, one in zip(everyone, found, strict=True)
+        if one.num_channels is not None
+    }
     problems += _channel_problems(num_channels, dataset.modalities)
     problems += _kind_problems(everyone)
     if strict:
@@ -152,7 +136,69 @@ def examine(
             f"{' and '.join(twins)} have the same image; remove one of them"
             for twins in twins_of(survey)
         ]
-    return survey, [str(problem) for problem in problems]
+    return survey, problems
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examined:
+    """One case: what is wrong with it, its channels and what else is known, None where nothing."""
+
+    problems: list[str]
+    num_channels: int | None
+    facts: CaseFacts | None
+
+
+def _examined(dataset, everyone, progress):
+    """What is found in each case, which processes share where that is worth it."""
+    named = [path for case in everyone for path in (*case.image_paths, case.label_path)]
+    paths = [path for path in named if path and os.path.exists(path)]
+    largest = max(map(os.path.getsize, paths), default=0)
+    most_workers = min(os.cpu_count() or 1, memory.how_often(_UNPACKED * largest))
+    num_workers = workers.workers_for(paths, len(everyone), most_workers)
+    examine_one = functools.partial(
+        _examine_case, dataclasses.replace(dataset, cases=(), unlabelled=())
+    )
+    if num_workers == 1:
+        return [examine_one(case) for case in progress(everyone)]
+    shown = iter(progress(everyone))
+    next(shown)  # starts the clock of progress: the first cases are being read
+    found: list[_Examined | None] = [None] * len(everyone)
+    purpose = f"read the cases of {dataset.root}"
+    for index, one in workers.in_processes(examine_one, everyone, num_workers, purpose=purpose):
+        found[index] = one
+        next(shown, None)
+    return found
+
+
+def _examine_case(dataset: cases.Dataset, case: cases.Case) -> _Examined:
+    problems: list[FileProblem | str] = []
+    num_channels, facts = None, None
+    image = _try(problems, _image_of, dataset, case)
+    stored = _try(problems, _label_of, dataset, case) if case.label_path else None
+    remarks = []
+    if image is not None:
+        problems += images.affine_problems(case.image_path, image.affine)
+        problems += images.image_problems(case.image_path, image.values)
+        num_channels = image.values.shape[3]
+        remarks += _told(dataset, case.image_path, image.remarks)
+    label = None
+    if stored is not None and case.label_path is not None:
+        problems += images.affine_problems(case.label_path, stored.affine)
+        remarks += _told(dataset, case.label_path, stored.remarks)
+        label = _try(problems, labels.encode_label, case.label_path, stored, dataset.coding)
+    if image is not None and stored is not None:
+        near = _try(problems, _grid_remarks, case, image, stored) or ()
+        remarks += _told(dataset, case.label_path, near)
+    if image is not None and image.values.size:
+        content = "" if _is_constant(image.values) else _content_key(image.values)
+        if not content and _is_labelled(label, len(dataset.class_names)):
+            wrong = f"every value is {image.values.flat[0]:g}, though something is labelled"
+            mend = "copy it again from the source or remove the case"
+            problems.append(f"{case.image_path}: {wrong}; {mend}")
+        if not images.affine_problems("", image.affine):
+            measures = _measured(image, label, len(dataset.class_names))
+            facts = CaseFacts(measures, content, tuple(remarks))
+    return _Examined([str(problem) for problem in problems], num_channels, facts)
 
 
 def _measured(image, label, num_classes):

@@ -1,16 +1,19 @@
+import dataclasses
 import gzip
 import json
+import multiprocessing
+import os
 
 import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.data import cases, images, memory
+from jaxseg.data import cases, images, memory, workers
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import decathlon, patterns
 from jaxseg.data.layouts.wanted import Wanted
-from jaxseg.data.verify import describe, from_json, to_json, twins_of, verify
+from jaxseg.data.verify import describe, examine, from_json, to_json, twins_of, verify
 
 SHAPE = (4, 5, 6)
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
@@ -311,3 +314,29 @@ def test_real_faulty_label_is_reported(shared_data):
     [problem] = problems_of(dataset)
     assert "sub-rat2_sample-data5_SEM_seg-axonmyelin-manual.png" in problem
     assert "128 (488611 voxels), 130 (5 voxels), 233 (4 voxels)" in problem
+
+
+@pytest.mark.multiprocess
+def test_processes_find_what_one_does(make_msd_folder, monkeypatch):
+    """The same survey, the same problems in the same order, and progress over all cases."""
+    folder = make_msd_folder(num_cases=5)
+    dataset = decathlon.find(folder)
+    alone = examine(dataset)
+    nibabel.save(nibabel.Nifti1Image(np.full((4, 4, 4), np.nan), np.eye(4)), folder / "broken.nii")
+    broken = dataclasses.replace(dataset.cases[1], image_paths=(str(folder / "broken.nii"),))
+    damaged = dataclasses.replace(dataset, cases=(dataset.cases[0], broken, *dataset.cases[2:]))
+    alone_damaged = examine(damaged)
+    assert alone_damaged[1] and not alone[1]
+    monkeypatch.setattr(workers, "POOL_BYTES", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    shown = []
+
+    def progress(cases):
+        for case in cases:
+            shown.append(case.case_id)
+            yield case
+
+    assert examine(dataset, progress) == alone
+    assert shown == [case.case_id for case in dataset.cases]
+    assert examine(damaged) == alone_damaged
+    assert not multiprocessing.active_children()
