@@ -67,7 +67,7 @@ def fit_to_memory(config: ConfigDict, found: Found) -> Fitted:
     scale, tried = _first_scale(config), []
     planned: Planned | None = plan(scale=scale)
     while planned:
-        complete = decided(config, values_of(planned, found.dataset))
+        complete = decided(config, values_of(planned))
         config_checks.validate(complete)
         check_fits(complete, layout)
         taken = step_bytes(

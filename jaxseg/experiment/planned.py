@@ -36,6 +36,7 @@ class Planned:
       facts: that it was planned from.
       configurations: all that the preset has for the data, by name.
       own: what the user has set of what a plan decides or explains, by its full name.
+      dataset: that it is for.
     """
 
     preset: str
@@ -44,6 +45,16 @@ class Planned:
     facts: DatasetFacts
     configurations: dict[str, Configuration]
     own: dict[str, Any]
+    dataset: Dataset
+
+    def sides_of(self, name: str) -> dict[str, Any]:
+        """What `planning.recipe` must know of directions, for a configuration."""
+        sided = any(names_a_side(of) for of in self.dataset.class_names)
+        axes = self.configurations[name].axes
+        return {
+            "left_right": left_right_of(self.dataset, axes) if sided else None,
+            "is_scan": is_volume(self.dataset.cases[0].image_path),
+        }
 
     @property
     def configuration(self) -> Configuration:
@@ -91,7 +102,7 @@ def plan_for(config: ConfigDict, found: Found, *, scale: float = 1.0, parts: int
             ]
         )
     name, why = choose(made, wanted, preset, wishes, facts)
-    return Planned(preset, name, why, facts, made, _set_by_user(config))
+    return Planned(preset, name, why, facts, made, _set_by_user(config), found.dataset)
 
 
 def _set_by_user(config):
@@ -102,7 +113,8 @@ def _set_by_user(config):
 def reasons_for(planned: Planned, name: str) -> list[tuple[str, str, str]]:
     """(decision, value, reason) for a configuration that was planned."""
     made = planned.configurations[name]
-    return [*reasons_of(name, made, planned.facts, planned.preset, planned.own)]
+    sides = planned.sides_of(name)
+    return [*reasons_of(name, made, planned.facts, planned.preset, planned.own, **sides)]
 
 
 def _facts_of(found):
@@ -115,10 +127,9 @@ def _facts_of(found):
     )
 
 
-def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
+def values_of(planned: Planned) -> dict[str, Any]:
     """The value of every field that a plan decides, by its full name."""
     made = planned.configuration
-    sided = any(names_a_side(name) for name in dataset.class_names)
     # Along an axis that slices are cut across, cases keep the steps that they have.
     spacing_mm = {axis: 0.0 for axis in range(3)} | dict(
         zip(made.axes, made.spacing_mm, strict=False)
@@ -142,12 +153,7 @@ def values_of(planned: Planned, dataset: Dataset) -> dict[str, Any]:
         "model.deep_supervision": len(made.features) > 3,
         "loss.over_batch": made.batch_dice,
         "train.batch_size": made.batch_size,
-        **recipe_of(
-            made,
-            planned.preset,
-            left_right=left_right_of(dataset, made.axes) if sided else None,
-            is_scan=is_volume(dataset.cases[0].image_path),
-        ),
+        **recipe_of(made, planned.preset, **planned.sides_of(planned.name)),
     }
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
 from jaxseg import parallel
+from jaxseg.config import ConfigProblems
 from jaxseg.config_planned import undecided
 from jaxseg.data import splits
 from jaxseg.data.cases import DatasetProblems
@@ -49,6 +50,8 @@ from jaxseg.run.log import Log, RunLog, SilentLog, StepProgress, trace_row, with
 from jaxseg.run.ownership import owning
 from jaxseg.training.state import TrainState
 
+_NOTHING_OPEN = "decides what a config leaves open, here nothing: take configs/auto.py, or unset it"
+
 
 def train(config: ConfigDict) -> int | None:
     """Trains, or goes on training, and evaluates.
@@ -75,6 +78,8 @@ def train(config: ConfigDict) -> int | None:
             config = completed_by_file(config)
             check_fits(config, build.create_layout(config))
     elif not undecided(config):
+        if begins and config.plan.preset:
+            raise ConfigProblems([f"plan.preset {config.plan.preset!r} {_NOTHING_OPEN}"])
         check_fits(config, build.create_layout(config))
     if begins:
         build.check_initial_weights(config)

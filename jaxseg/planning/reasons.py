@@ -9,6 +9,7 @@ import numpy as np
 from jaxseg.planning.budget import PRESETS
 from jaxseg.planning.configurations import LOW_RESOLUTION_BELOW, Configuration, DatasetFacts
 from jaxseg.planning.normalisation import MOSTLY_BACKGROUND
+from jaxseg.planning.recipe import reasons_of_recipe, recipe_of
 from jaxseg.planning.target import ANISOTROPY, target_of
 
 _AXES = "xyz"
@@ -28,6 +29,9 @@ def reasons_of(
     facts: DatasetFacts,
     preset_name: str,
     own: Mapping[str, Any],
+    *,
+    left_right: int | None = None,
+    is_scan: bool = True,
 ) -> Iterator[tuple[str, str, str]]:
     """Yields (decision, value, reason) for a configuration.
 
@@ -37,8 +41,14 @@ def reasons_of(
       facts: that it was made from.
       preset_name: that it was made with.
       own: what the user has set, by the full name of the field; obeyed, whatever was made.
+      left_right, is_scan: of `recipe.recipe_of`.
     """
-    for decision, field, value, why in _decisions(name, made, facts, preset_name, own):
+    sides: dict[str, Any] = {"left_right": left_right, "is_scan": is_scan}
+    values = recipe_of(made, preset_name, **sides)
+    for decision, field, value, why in (
+        *_decisions(name, made, facts, preset_name, own),
+        *reasons_of_recipe(values, made, preset_name, **sides),
+    ):
         if field in own and _suits(field, own[field], len(made.patch_size)):
             yield decision, str(own[field]), "set by you"
         else:
@@ -71,6 +81,8 @@ def _decisions(name, made, facts, preset_name, own):
         if shown < 1
         else "shows the whole median case",
     )
+    seen = _percent(facts.relative_size)
+    yield "crop", "preprocess.crop", "to what is not 0", f"which is {seen} of a scan"
     yield "batch", "train.batch_size", str(made.batch_size), _why_batch(made, preset_name)
     halved = "axes are halved together once their spacings are alike"
     if own.get("model.features"):

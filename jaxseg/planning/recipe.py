@@ -1,5 +1,6 @@
 """How a configuration is trained: what its patches bear, which are drawn, and by which steps."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxseg.planning.configurations import Configuration
@@ -10,6 +11,7 @@ FLAT = 3.0
 LONG = 1.5
 # Patients hardly lie more askew.
 TILTED_DEG = 30.0
+_AXES = "xyz"
 # Of networks that are trained for long, as nnU-Net's are, and of those that are not.
 _LONG_RUN = {
     "optim.name": "sgd",
@@ -57,3 +59,41 @@ def recipe_of(
         "data.foreground_by_place": True,
         **(_SHORT_RUN if is_short else _LONG_RUN),
     }
+
+
+def reasons_of_recipe(
+    values: Mapping[str, Any],
+    made: Configuration,
+    preset_name: str,
+    *,
+    left_right: int | None,
+    is_scan: bool,
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (decision, field that would set it, value, reason) of a recipe.
+
+    Args:
+      values: of `recipe_of`, with the other arguments.
+    """
+    is_short = preset_name == "compact"
+    most = values["augment.rotation.range_deg"][1]
+    if values["augment.rotation.in_plane"]:
+        why = "in plane alone, since a patch is much shorter across it"
+    elif is_short and is_scan:
+        why = "patients hardly lie more askew, and minutes are too short to learn more"
+    elif len(made.patch_size) == 3:
+        why = "about every axis, as in nnU-Net"
+    else:
+        why = "slices are much longer than wide" if most < TILTED_DEG else "in any direction"
+    yield "turns", "augment.rotation.range_deg", f"up to {most:g} degrees", why
+    axes = values["augment.flip.axes"]
+    if is_short and is_scan:
+        why = "scans lie as patients do"
+    elif left_right is not None:
+        why = f"not along {_AXES[made.axes[left_right]]}, where left and right are classes"
+    else:
+        why = "no side is a class of its own"
+    mirrored = "".join(_AXES[made.axes[axis]] for axis in axes) or "never"
+    yield "mirrored", "augment.flip.axes", mirrored, why
+    steps = "few steps" if is_short else "many steps, as in nnU-Net"
+    rate = f"{values['optim.name']}, {values['optim.learning_rate']:g}"
+    yield "optimiser", "optim.name", rate, f"for {steps}"

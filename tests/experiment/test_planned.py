@@ -99,6 +99,32 @@ def test_a_patch_that_the_configuration_can_not_have_is_refused(boxes, tmp_path)
     validate(open_config(boxes, tmp_path, **changes | {"data.patch_size": (16, 16)}))
 
 
+def test_a_preset_that_would_decide_nothing_is_refused(boxes, tmp_path):
+    config = base_config("unet")
+    config.data.dir, config.workdir = str(boxes), str(tmp_path / "run")
+    config.plan.preset = "nnunet"
+    with pytest.raises(ConfigProblems, match="'nnunet' decides what a config leaves open, here"):
+        train.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_decided_of_turns_and_sides_has_a_reason(make_msd_folder, tmp_path):
+    data = make_msd_folder()
+    description = json.loads((data / "dataset.json").read_text())
+    description["labels"] = {"0": "background", "1": "left kidney", "2": "right kidney"}
+    (data / "dataset.json").write_text(json.dumps(description))
+    lines = resolve(open_config(data, tmp_path, **{"plan.preset": "nnunet"}))[1]
+    assert "  mirrored: yz (not along x, where left and right are classes)" in lines
+    assert "  turns: up to 30 degrees (about every axis, as in nnU-Net)" in lines
+    assert "  optimiser: sgd, 0.01 (for many steps, as in nnU-Net)" in lines
+    lines = resolve(open_config(data, tmp_path))[1]
+    assert "  mirrored: never (scans lie as patients do)" in lines
+    assert "  crop: to what is not 0 (which is 100 % of a scan)" in lines
+    own = {"augment.flip.axes": (1,), "optim.name": "sgd"}
+    lines = resolve(open_config(data, tmp_path, **own))[1]
+    assert "  mirrored: (1,) (set by you)" in lines and "  optimiser: sgd (set by you)" in lines
+
+
 def test_sides_that_are_classes_are_not_exchanged(make_msd_folder, tmp_path):
     data = make_msd_folder()
     description = json.loads((data / "dataset.json").read_text())
