@@ -128,8 +128,10 @@ def configurations_of(
     preset = PRESETS[preset_name]
     on_grid = functools.partial(_on_grid, facts, preset, scale, wishes)
     made = on_grid(wishes.spacing_mm)
+    # Pictures keep their pixels: their structures are branches and heaps, thinner than lines say.
+    full = made.get("3d_fullres")
     is_free = bool(facts.chords_mm) and not wishes.spacing_mm
-    if preset.voxels_across and is_free and not _shows_all(made.get("3d_fullres", made["2d"])):
+    if preset.voxels_across and is_free and full and not _shows_all(full):
         return on_grid(coarsest_that_shows(facts, preset.voxels_across))
     return made
 

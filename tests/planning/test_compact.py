@@ -41,6 +41,7 @@ def test_a_compact_grid_is_as_coarse_as_thin_structures_allow():
         ([240, 240, 10], [], NO_WISHES),  # not known
         ([60, 60, 10], [[30, 30, 30]], NO_WISHES),  # a patch shows everything
         ([240, 240, 10], [[30, 30, 30]], Wishes(spacing_mm=(1.5, 1.5, 0))),
+        ([240, 240, 1], [[30, 30, 10]], NO_WISHES),  # pictures
     ],
 )
 def test_a_compact_grid_is_no_coarser_without_need(shape, chords_mm, wishes):
