@@ -113,14 +113,18 @@ class UNet(nn.Module):
         super().__init__()
         depth = len(features)
         kernels, strides = kernels or [3] * depth, strides or [2] * (depth - 1)
+        first, steps = (strides[0], strides[1:]) if len(strides) == depth else (1, strides)
         self.depth, self.attention, self.deep_supervision = depth, attention, deep_supervision
         self.encoder = nn.Module()
         self.residual = blocks is not None
         if self.residual:
-            self.encoder.stem = ConvBlock(rank, channels, features[0], 1, kernels[0])
+            self.encoder.stem = ConvBlock(rank, channels, features[0], 1, kernels[0], first)
+            first_stage = 1
+        else:
+            first_stage = first
         before = features[0] if self.residual else channels
         for level in range(depth):
-            stride = strides[level - 1] if level else 1
+            stride = steps[level - 1] if level else first_stage
             if self.residual:
                 stage = nn.Module()
                 for i in range(blocks[level]):
@@ -132,7 +136,7 @@ class UNet(nn.Module):
                 before = features[level]
             self.encoder.add_module(f"stage{level}", stage)
         for level in range(depth - 1):
-            fine, coarse, stride = features[level], features[level + 1], strides[level]
+            fine, coarse, stride = features[level], features[level + 1], steps[level]
             self.add_module(f"upconv{level}", UPCONV[rank](coarse, fine, stride, stride))
             block = ConvBlock(rank, 2 * fine, fine, decoder_convs, kernels[level], 1, norm)
             self.add_module(f"up{level}", block)
@@ -141,7 +145,11 @@ class UNet(nn.Module):
                 self.add_module(f"gate{level}", gate)
             if deep_supervision and 0 < level < depth - 2:
                 self.add_module(f"head{level}", CONV[rank](fine, num_classes, 1))
-        self.head = CONV[rank](features[0], num_classes, 1)
+        self.is_coarser = first != 1
+        if self.is_coarser:
+            self.upconv_head = UPCONV[rank](features[0], num_classes, first, first)
+        else:
+            self.head = CONV[rank](features[0], num_classes, 1)
 
     def forward(self, x):
         maps = []
@@ -164,7 +172,7 @@ class UNet(nn.Module):
             x = getattr(self, f"up{level}")(x)
             if hasattr(self, f"head{level}"):
                 coarser.append(getattr(self, f"head{level}")(x))
-        logits = self.head(x)
+        logits = self.upconv_head(x) if self.is_coarser else self.head(x)
         return (logits, *reversed(coarser)) if self.deep_supervision else logits
 
 

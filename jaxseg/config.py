@@ -171,7 +171,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_convs": (2,),  # per resolution, or one for all; blocks of a residual encoder
         "decoder_convs": 2,
         "kernel_sizes": (),  # per resolution a number or one per axis; () means 3
-        "strides": (),  # per step down a number or one per axis; () means 2
+        "strides": (),  # per step down (and first convolution) a number or one per axis; () means 2
         "norm": "instance",
         "activation": "leaky_relu",
         "down": "conv",  # strided convolution or max_pool

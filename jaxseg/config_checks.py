@@ -255,14 +255,14 @@ def _unet_problems(model, depth, rank):
 
 def _per_resolution_problems(model, depth, rank):
     problems = []
-    lengths = {"kernel_sizes": depth, "strides": depth - 1}
+    lengths = {"kernel_sizes": (depth,), "strides": (depth - 1, depth)}
     if len(model.num_convs) > 1:
-        lengths["num_convs"] = depth
-    for name, length in lengths.items():
+        lengths["num_convs"] = (depth,)
+    for name, right in lengths.items():
         entries = model[name]
-        if entries and len(entries) != length:
+        if entries and len(entries) not in right:
             problems.append(
-                f"model.{name} needs {length} entries for {depth} resolutions, not {len(entries)}"
+                f"model.{name} needs {right[0]} entries for {depth} resolutions, not {len(entries)}"
             )
         for entry in entries:
             numbers = _entries(entry)

@@ -149,7 +149,7 @@ def values_of(planned: Planned) -> dict[str, Any]:
         "model.num_convs": made.convs,
         "model.decoder_convs": made.decoder_convs,
         "model.kernel_sizes": made.kernels,
-        "model.strides": made.strides[1:],
+        "model.strides": made.strides[1:] if max(made.strides[0]) == 1 else made.strides,
         "model.deep_supervision": len(made.features) > 3,
         "loss.over_batch": made.batch_dice,
         "train.batch_size": made.batch_size,

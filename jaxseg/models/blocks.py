@@ -31,6 +31,21 @@ def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
+def strides_of(
+    strides: Sequence[int | Sequence[int]], depth: int, rank: int
+) -> list[tuple[int, ...]]:
+    """For each resolution what it is coarser by than the one before, the first than the image.
+
+    Args:
+      strides: one entry per step down, and one in front where the first resolution is coarser than
+        the image; a number or one per axis. () means 2.
+      depth: number of resolutions.
+      rank: of the image.
+    """
+    steps = [per_axis(step, rank) for step in strides or (2,) * (depth - 1)]
+    return steps if len(steps) == depth else [(1,) * rank, *steps]
+
+
 def he_normal(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Normal with variance 2 / fan-in (He et al. 2015) for a kernel [*K, C, F]."""
     return _normal(key, shape, dtype, 2 / math.prod(shape[:-1]))

@@ -30,7 +30,7 @@ class Encoder(nn.Module):
     Attributes:
       features, num_convs, kernel_sizes: channels, convolutions (or residual blocks) and kernel of
         each resolution.
-      strides: from each resolution to the next, one entry fewer.
+      strides: from each resolution to the next, the first from the image.
       down: "conv" (strided convolution) or "max_pool".
       residual: residual blocks, as in nnU-Net's ResEnc.
       dropout: share of channels dropped at the two coarsest resolutions while training.
@@ -52,9 +52,10 @@ class Encoder(nn.Module):
         block = in_blocks(ConvBlock, style)
         stage = ResidualStage if self.residual else block
         if self.residual:
-            x = block(self.features[0], 1, style, self.kernel_sizes[0], name="stem")(x, train)
+            size, strides = self.kernel_sizes[0], self.strides[0]
+            x = block(self.features[0], 1, style, size, strides, name="stem")(x, train)
         for level, features in enumerate(self.features):
-            strides = self.strides[level - 1] if level else 1
+            strides = self.strides[level] if level or not self.residual else 1
             if level and self.down == "max_pool":
                 window = per_axis(strides, x.ndim - 2)
                 if style.padding == "valid":

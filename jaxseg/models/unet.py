@@ -19,8 +19,8 @@ from jaxseg.models.blocks import (
     check_choices,
     crop_to,
     in_blocks,
-    per_axis,
     resize_linear,
+    strides_of,
 )
 
 # Encoders whose size is published: channels of each resolution, and how to make one.
@@ -53,7 +53,9 @@ class UNet(nn.Module):
         one number for all or one each.
       decoder_convs: convolutions per resolution in the decoder.
       kernel_sizes: one entry per resolution, a number or one per axis; () means 3.
-      strides: one entry per step down, a number or one per axis; () means 2.
+      strides: one entry per step down, a number or one per axis; () means 2. One more entry in
+        front makes the finest resolution coarser than the image by it, which costs a fraction;
+        logits are brought back by a transposed convolution.
       norm: "instance", "batch", "group" or "none".
       activation: "relu" or "leaky_relu".
       down: "conv" (strided convolution) or "max_pool"; of the "plain" encoder.
@@ -126,7 +128,9 @@ class UNet(nn.Module):
         features = self.level_features
         depth = len(features)
         kernel_sizes = self.kernel_sizes or (3,) * depth
-        strides = [per_axis(s, rank) for s in self.strides or (2,) * (depth - 1)]
+        strides = strides_of(self.strides, depth, rank)
+        if self.padding == "valid" and max(strides[0]) > 1:
+            raise ValueError("a U-Net without padding has no stride before its first resolution")
 
         *skips, x = self._encode(kernel_sizes, strides, style)(image.astype(style.dtype), train)
         block = in_blocks(ConvBlock, style)
@@ -134,10 +138,10 @@ class UNet(nn.Module):
         for level in reversed(range(depth - 1)):
             x = block(
                 features[level], self.decoder_convs, style, kernel_sizes[level], name=f"up{level}"
-            )(self._joined(x, skips[level], level, strides[level]), train)
+            )(self._joined(x, skips[level], level, strides[level + 1]), train)
             if self.deep_supervision and 0 < level < depth - 2:
                 coarser.append(self._score(x, f"head{level}"))
-        logits = self._score(x, "head")
+        logits = self._logits(x, strides[0], image.shape[1:-1])
         if self.deep_supervision and train:
             return (logits, *reversed(coarser))
         return logits
@@ -158,6 +162,13 @@ class UNet(nn.Module):
             gate = AttentionGate(max(features // 2, 1), dtype, name=f"gate{level}")
             skip = gate(skip, coarse, stride)
         return jnp.concatenate([skip, x], axis=-1)
+
+    def _logits(self, x, stride, shape):
+        """Of the image, from the finest map, which may be coarser."""
+        if max(stride) == 1:
+            return self._score(x, "head")
+        enlarge = UpConv(self.num_classes, stride, jnp.dtype(self.dtype), name="upconv_head")
+        return crop_to(enlarge(x).astype(jnp.float32), shape, (0,) * len(shape))
 
     def _score(self, x, name):
         init = nn.initializers.lecun_normal()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxseg.planning.network import Style, count_activations
-from jaxseg.planning.topology import MIN_EDGE, Topology, topology_of
+from jaxseg.planning.topology import MIN_EDGE, Topology, topology_of, without_finest
 
 # Voxels of the patch that is begun with, before it is made smaller; by the number of axes.
 FIRST_VOXELS = {2: 2048**2, 3: 256**3}
@@ -46,8 +46,8 @@ PRESETS = {
     "resenc_xl": Preset(Style(residual=True), {2: 560e6, 3: 3600e6}, 40),
     # Ours, for a machine without accelerator: a step takes some 0.3 s on two cores.
     "compact": Preset(
-        Style(first_features=16, max_features_2d=256, max_features_3d=128),
-        {2: 0.9e6, 3: 12e6},
+        Style(first_features=16, half_in_3d=True, max_features_2d=256, max_features_3d=128),
+        {2: 0.9e6, 3: 6e6},
         gib=None,
         most_of_dataset=0.05,
         fewest={2: 4, 3: 2},
@@ -124,7 +124,9 @@ def batch_within(
     limit = preset.reference[rank] * scale
     most = limit * REFERENCE_BATCH[rank] / preset.fewest[rank]
     patch_size = wishes.patch_size if len(wishes.patch_size) == rank else ()
-    topology_for = functools.partial(topology_of, spacing_mm, most_stages=wishes.num_stages)
+    topology_for = functools.partial(
+        _topology_for, preset.style.half_in_3d and rank == 3, spacing_mm, wishes.num_stages
+    )
     topology = topology_for(patch_size or _first_patch(spacing_mm, median_shape))
     count = functools.partial(count_activations, num_labels=num_labels, style=preset.style)
     while not patch_size and count(topology) > most and max(topology.patch_size) > MIN_EDGE:
@@ -138,6 +140,12 @@ def batch_within(
     if planned % wishes.parts:
         planned, why = math.ceil(planned / wishes.parts) * wishes.parts, "devices"
     return Batch(topology, wishes.batch_size or planned, activations, why)
+
+
+def _topology_for(is_half, spacing_mm, num_stages, patch_size):
+    if not is_half:
+        return topology_of(spacing_mm, patch_size, num_stages)
+    return without_finest(topology_of(spacing_mm, patch_size, num_stages and num_stages + 1))
 
 
 def _first_patch(spacing_mm, median_shape):

@@ -19,11 +19,13 @@ class Style:
     Attributes:
       residual: whether the encoder is residual.
       first_features: channels of the first stage.
+      half_in_3d: whether the first stage of volumes is as coarse as the second would be.
       max_features_2d, max_features_3d: of any stage.
     """
 
     residual: bool = False
     first_features: int = 32
+    half_in_3d: bool = False
     max_features_2d: int = 512
     max_features_3d: int = 320
 

@@ -85,6 +85,8 @@ def _decisions(name, made, facts, preset_name, own):
     yield "crop", "preprocess.crop", "to what is not 0", f"which is {seen} of a scan"
     yield "batch", "train.batch_size", str(made.batch_size), _why_batch(made, preset_name)
     halved = "axes are halved together once their spacings are alike"
+    if max(made.strides[0]) > 1:
+        halved += "; the first stage is coarser than the image, at a fraction of the cost"
     if own.get("model.features"):
         halved += f", for the {len(own['model.features'])} resolutions you set at most"
     yield "strides", "model.strides", _stages(made.strides), halved

@@ -16,7 +16,7 @@ class Topology:
 
     Attributes:
       patch_size: voxels, each axis a multiple of what the network halves it by.
-      strides: for each stage what it is coarser by than the one before; 1 for the first.
+      strides: for each stage what it is coarser by than the one before, the first than the patch.
       kernels: for each stage the size of its convolutions; 3 throughout for the last.
     """
 
@@ -59,6 +59,14 @@ def topology_of(
     kernels.append((3,) * len(size))
     padded = tuple(-(-n // d) * d for n, d in zip(patch_size, _divisors(strides), strict=True))
     return Topology(padded, tuple(strides), tuple(kernels))
+
+
+def without_finest(topology: Topology) -> Topology:
+    """The same without its first stage, so that the second looks at the patch; two are left."""
+    strides, kernels = topology.strides, topology.kernels
+    if len(strides) < 3:
+        return topology
+    return dataclasses.replace(topology, strides=strides[1:], kernels=kernels[1:])
 
 
 def _divisors(strides):

@@ -58,7 +58,7 @@ def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
     assert complete.data.patch_size == (20, 20, 8)
     assert complete.preprocess.spacing_mm == (1.0, 1.0, 2.0)
     assert complete.model.strides == ((2, 2, 1), (2, 2, 2))
-    assert complete.model.features == (16, 32, 64)
+    assert complete.model.features == (16, 32)  # the first is as coarse as the first stride
     assert complete.augment.flip.axes == ()  # the network is trained for minutes
     assert complete.augment.rotation.range_deg == (-30.0, 30.0)
     assert (complete.preprocess.crop, complete.preprocess.image_order) == (True, 3)

@@ -239,6 +239,23 @@ def compare_published(name, model, network, shape, num_classes):
             {"kernel_sizes": ((1, 3, 3), 3, 3), "strides": ((1, 2, 2), 2)},
             {"kernels": [(1, 3, 3), 3, 3], "strides": [(1, 2, 2), 2]},
         ),
+        (
+            "coarser than the image, 3D",
+            (1, 8, 16, 16, 1),
+            {"strides": (2, (1, 2, 2), 2)},
+            {"strides": [2, (1, 2, 2), 2]},
+        ),
+        (
+            "residual and coarser than the image, 2D",
+            (2, 24, 32, 1),
+            {
+                "encoder": "residual",
+                "num_convs": (1, 2, 2),
+                "decoder_convs": 1,
+                "strides": ((2, 4), 2, 2),
+            },
+            {"blocks": (1, 2, 2), "decoder_convs": 1, "strides": [(2, 4), 2, 2]},
+        ),
         ("attention 2D", (2, 24, 16, 1), {"attention": True}, {"attention": True}),
         ("attention 3D", (1, 8, 8, 12, 1), {"attention": True}, {"attention": True}),
         (

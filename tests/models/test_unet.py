@@ -93,6 +93,23 @@ def test_logits_have_the_size_of_the_image_whatever_it_is(down, up, shape):
     assert (logits.shape, logits.dtype) == ((2, *shape, 3), jnp.float32)
 
 
+@pytest.mark.parametrize("encoder", ["plain", "residual"])
+@pytest.mark.parametrize("shape", [(17, 13), (1, 5), (9, 7, 5)])
+def test_a_network_coarser_than_the_image_labels_all_of_it(encoder, shape):
+    model = UNet(3, features=(2, 3, 4), encoder=encoder, num_convs=1, strides=(2, 2, 2))
+    image = jax.ShapeDtypeStruct((2, *shape, 1), jnp.float32)
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    assert (logits.shape, logits.dtype) == ((2, *shape, 3), jnp.float32)
+    assert "head" not in variables["params"]
+    assert variables["params"]["upconv_head"]["kernel"].shape == (*(2,) * len(shape), 2, 3)
+
+
+def test_a_network_without_padding_is_as_fine_as_the_image():
+    model = UNet(3, features=(2, 3), num_convs=1, strides=(2, 2), padding="valid")
+    with pytest.raises(ValueError, match="no stride before its first resolution"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 1)))
+
+
 @pytest.mark.parametrize("options", [{}, {"down": "max_pool", "up": "resize"}])
 def test_volume_one_slice_thick_is_the_slice_under_the_middle_weights(options):
     model = UNet(3, features=(4, 6, 8), num_convs=1, **options)

@@ -60,6 +60,19 @@ def test_compact_patches_shrink_until_there_are_four_slices():
     assert 12 * 0.9e6 / 5 < made["2d"].activations <= 12 * 0.9e6 / 4
 
 
+def test_compact_networks_of_volumes_begin_at_half_the_resolution():
+    facts = DatasetFacts([[1, 1, 1]] * 99, [[256] * 3] * 99, ["CT"], 5, 99, 1.0)
+    full = configurations_of(facts, "compact")["3d_fullres"]
+    assert full.strides == ((2, 2, 2),) * len(full.features) and full.features[0] == 16
+    made = configurations_of(facts, "compact", wishes=Wishes(num_stages=3))["3d_fullres"]
+    assert made.features == (16, 32, 64) and made.strides == ((2, 2, 2),) * 3
+    tiny = [[1, 1, 1]] * 99, [[8] * 3] * 99  # of two stages none can be left out
+    made = configurations_of(DatasetFacts(*tiny, ["CT"], 5, 99, 1.0), "compact")["3d_fullres"]
+    assert made.strides == ((1, 1, 1), (2, 2, 2)) and made.features == (16, 32)
+    why = {what: why for what, _, why in reasons_of("3d_fullres", full, facts, "compact", {})}
+    assert why["strides"].endswith("coarser than the image, at a fraction of the cost")
+
+
 def test_a_network_that_is_trained_for_minutes_is_not_shown_scans_from_every_side():
     made = made_compact([240, 240, 10], [])[0]["2d"]
 
