@@ -1,5 +1,7 @@
 """What a config leaves open, decided for the data: obeyed, explained, kept when a run goes on."""
 
+import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,6 +9,7 @@ import re
 import shutil
 import signal
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +23,7 @@ from jaxseg.data import pipeline
 from jaxseg.experiment import fitting, plan_folder, planned, train
 from jaxseg.experiment.gather import find_data
 from jaxseg.experiment.plan_file import completed_by_file
+from jaxseg.experiment.predict_folder import predict
 from jaxseg.experiment.setup import RunProblem
 from jaxseg.planning.budget import PRESETS
 from jaxseg.run import log as run_log
@@ -285,6 +289,31 @@ def test_a_configuration_that_the_data_do_not_have_is_refused(boxes, tmp_path):
         resolve(config)
     complete, _ = resolve(open_config(boxes, tmp_path, **{"plan.configuration": "2d"}))
     assert len(complete.data.patch_size) == 2
+
+
+def test_volumes_at_low_resolution_are_trained_and_predicted(boxes, tmp_path, monkeypatch):
+    """A patch that shows little calls for a coarser grid; what is predicted is on the case's."""
+    style = dataclasses.replace(PRESETS["nnunet"].style, first_features=4)
+    tiny = dataclasses.replace(PRESETS["nnunet"], style=style, reference={2: 1e4, 3: 6e3})
+    monkeypatch.setitem(PRESETS, "nnunet", tiny)
+    changes = {"plan.preset": "nnunet", "plan.configuration": "3d_lowres"}
+    config = open_config(boxes, tmp_path, **changes)
+    assert train.train(config) is None
+    saved = config_lib.from_json((tmp_path / "run" / "config.json").read_text())
+    assert saved.preprocess.spacing_mm[0] > 1.3 and len(saved.data.patch_size) == 3
+    predict([config.workdir], str(boxes / "imagesTr"), str(tmp_path / "out"))
+    with open(tmp_path / "run" / "test.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["class"] == "outer"]
+    assert rows
+    for row in rows:
+        name = f"{row['case']}.nii.gz"
+        predicted, reference = (
+            np.asarray(nibabel.load(folder / name).dataobj) == 1
+            for folder in (tmp_path / "out", boxes / "labelsTr")
+        )
+        assert predicted.shape == (20, 18, 8)
+        dice = 2 * (predicted & reference).sum() / (predicted.sum() + reference.sum())
+        assert dice == pytest.approx(float(row["dice"]), abs=1e-6)
 
 
 def test_a_config_knows_the_presets_that_there_are():
