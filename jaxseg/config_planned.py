@@ -13,6 +13,7 @@ from jaxseg.config import base_config, flatten
 PLANNED = (
     "data.patch_size",
     "data.foreground_by_place",
+    "data.foreground_fraction",
     "preprocess.spacing_mm",
     "preprocess.axes",
     "preprocess.crop",

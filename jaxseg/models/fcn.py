@@ -168,7 +168,7 @@ class FCN(nn.Module):
             self.features,
             (self.num_convs,) * 5,
             kernel_sizes=(3,) * 5,
-            strides=(2,) * 4,
+            strides=(1, 2, 2, 2, 2),
             down="max_pool",
             residual=False,
             dropout=0.0,

@@ -27,6 +27,7 @@ class Preset:
       gib: memory of the accelerator that the reference is for; None where time is what is short.
       most_of_dataset: part of all voxels that one batch may hold.
       fewest: patches that have to fit, by the number of axes; larger ones shrink.
+      is_short: whether its networks are trained for minutes, not for days.
       voxels_across: of the thinnest structure, which a grid shows that may be coarser than the
         cases; None leaves it as fine as them.
     """
@@ -36,6 +37,7 @@ class Preset:
     gib: float | None
     most_of_dataset: float = 1.0
     fewest: dict[int, int] = dataclasses.field(default_factory=lambda: REFERENCE_BATCH)
+    is_short: bool = False
     voxels_across: float | None = None
 
 
@@ -50,7 +52,8 @@ PRESETS = {
         {2: 0.9e6, 3: 6e6},
         gib=None,
         most_of_dataset=0.05,
-        fewest={2: 4, 3: 2},
+        fewest={2: 4, 3: 4},
+        is_short=True,
         voxels_across=6,
     ),
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxseg.planning.budget import Wishes
+from jaxseg.planning.budget import PRESETS, Wishes
 from jaxseg.planning.configurations import Configuration, DatasetFacts
 
 # Slices this much thicker than wide show little of what is above and below.
@@ -36,6 +36,6 @@ def choose(
         return "2d", "since cases are single slices"
     spacing = np.median(np.asarray(facts.spacings_mm), axis=0)[list(made["3d_fullres"].axes)]
     ratio = spacing[2] / max(spacing[:2])
-    if preset_name == "compact" and ratio > MUCH_THICKER:
+    if PRESETS[preset_name].is_short and ratio > MUCH_THICKER:
         return "2d", f"since slices are {ratio:.3g} times as thick as their voxels are wide"
     return "3d_fullres", "volumes at their own resolution"

@@ -151,7 +151,9 @@ def _on_grid(facts, preset, scale, wishes, wanted_mm):
         low = _low_resolution(plan, full)
         if low and not wishes.spacing_mm:
             made["3d_lowres"] = low
-        made["3d_fullres"] = dataclasses.replace(full, batch_dice=bool(low))
+        # Of a class that few patches show, few steps teach little unless they are taken together.
+        together = bool(low) or (preset.is_short and not _shows_all(full))
+        made["3d_fullres"] = dataclasses.replace(full, batch_dice=together)
     flat = plan(target.spacing_mm[:2], target.median_shape[:2], size)
     return made | {"2d": dataclasses.replace(flat, batch_dice=True)}
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxseg.planning.budget import PRESETS
 from jaxseg.planning.configurations import Configuration
 
 # Volumes that are so much longer along one axis than along the last turn in plane alone.
@@ -11,6 +12,8 @@ FLAT = 3.0
 LONG = 1.5
 # Patients hardly lie more askew.
 TILTED_DEG = 30.0
+# Of the patches of volumes those that are drawn around a structure, where there are few steps.
+AROUND_STRUCTURES = 0.67
 _AXES = "xyz"
 # Of networks that are trained for long, as nnU-Net's are, and of those that are not.
 _LONG_RUN = {
@@ -19,9 +22,8 @@ _LONG_RUN = {
     "optim.weight_decay": 3e-5,
 }
 _SHORT_RUN = {
-    "optim.name": "adamw",
-    "optim.learning_rate": 2e-3,
-    "optim.weight_decay": 1e-2,
+    axes: {"optim.name": "adamw", "optim.learning_rate": rate, "optim.weight_decay": 1e-2}
+    for axes, rate in ((2, 2e-3), (3, 8e-3))
 }
 
 
@@ -39,7 +41,7 @@ def recipe_of(
       left_right: axis of the patch along which left and right are classes of their own, or None.
       is_scan: whether cases have a direction, as pictures have not.
     """
-    is_short = preset_name == "compact"
+    is_short = PRESETS[preset_name].is_short
     patch = made.patch_size
     flat = len(patch) == 3 and max(patch) / patch[-1] > FLAT
     if len(patch) == 3:
@@ -57,7 +59,8 @@ def recipe_of(
         "augment.blur.channel_prob": 0.5,
         "augment.low_resolution.channel_prob": 0.5,
         "data.foreground_by_place": True,
-        **(_SHORT_RUN if is_short else _LONG_RUN),
+        "data.foreground_fraction": AROUND_STRUCTURES if is_short and len(patch) == 3 else 0.33,
+        **(_SHORT_RUN[len(patch)] if is_short else _LONG_RUN),
     }
 
 
@@ -74,7 +77,7 @@ def reasons_of_recipe(
     Args:
       values: of `recipe_of`, with the other arguments.
     """
-    is_short = preset_name == "compact"
+    is_short = PRESETS[preset_name].is_short
     most = values["augment.rotation.range_deg"][1]
     if values["augment.rotation.in_plane"]:
         why = "in plane alone, since a patch is much shorter across it"
@@ -94,6 +97,10 @@ def reasons_of_recipe(
         why = "no side is a class of its own"
     mirrored = "".join(_AXES[made.axes[axis]] for axis in axes) or "never"
     yield "mirrored", "augment.flip.axes", mirrored, why
+    part = f"{values['data.foreground_fraction']:.0%} of a batch"
+    is_usual = values["data.foreground_fraction"] < AROUND_STRUCTURES
+    why = "as in nnU-Net" if is_usual else "few steps must find what is rare"
+    yield "around structures", "data.foreground_fraction", part, why
     steps = "few steps" if is_short else "many steps, as in nnU-Net"
     rate = f"{values['optim.name']}, {values['optim.learning_rate']:g}"
     yield "optimiser", "optim.name", rate, f"for {steps}"

@@ -170,7 +170,7 @@ def test_what_is_kept_of_data_and_is_no_more_is_made_again(finished_run, tmp_pat
 # By command what it reads of a run.
 READ = {
     "predict": {"config.json", "plan.json", "data.json", "predictor.json"},
-    "reproduce": {"config.json", "plan.json", "identity.json", "trace.jsonl"},
+    "reproduce": {"config.json", "plan.json", "data.json", "identity.json", "trace.jsonl"},
     "train": {"config.json", "plan.json", "data.json", "identity.json", "metrics.jsonl"}
     | {"trace.jsonl", "split.json"},
 }

@@ -11,6 +11,7 @@ from jaxseg.experiment.plan_file import completed_by_file
 DECISIONS = {
     "data.patch_size": [20, 20, 8],
     "data.foreground_by_place": True,
+    "data.foreground_fraction": 0.33,
     "preprocess.spacing_mm": [1.0, 1.0, 2.0],
     "preprocess.axes": [0, 1, 2],
     "preprocess.crop": True,
@@ -119,7 +120,7 @@ def test_a_file_that_is_no_plan_is_refused(config_with, content, words):
         ({"augment__blur__channel_prob": 1.5}, "must lie in [0, 1]"),
         ({"optim__learning_rate": "fast"}, "must be a number, not 'fast'"),
         ({"optim__weight_decay": -1}, "must not be negative"),
-        ({"model__features": [4, 8]}, "model.strides needs 1 entries for 2 resolutions"),
+        ({"model__features": [4, 8]}, "model.num_convs needs 2 entries for 2 resolutions"),
         ({"model__features": [4, 8, 16, 32]}, "model.kernel_sizes needs 4 entries"),
         ({"model__features": [4, 8, "16"]}, "model.features must be positive"),
         ({"model__features": []}, "give one number per resolution"),

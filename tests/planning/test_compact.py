@@ -73,6 +73,21 @@ def test_compact_networks_of_volumes_begin_at_half_the_resolution():
     assert why["strides"].endswith("coarser than the image, at a fraction of the cost")
 
 
+def test_few_steps_are_taken_around_structures_and_together():
+    facts = DatasetFacts([[1, 1, 1]] * 99, [[256] * 3] * 99, ["CT"], 5, 99, 1.0)
+    full = configurations_of(facts, "compact")["3d_fullres"]
+    assert full.batch_dice and full.batch_size >= 4
+    small = DatasetFacts([[1, 1, 1]] * 99, [[32] * 3] * 99, ["CT"], 5, 99, 1.0)
+    assert not configurations_of(small, "compact")["3d_fullres"].batch_dice  # it shows everything
+
+    def fraction(made, preset):
+        values = recipe_of(made, preset, left_right=None, is_scan=True)
+        return values["data.foreground_fraction"]
+
+    assert fraction(full, "compact") == 0.67 and fraction(full, "nnunet") == 0.33
+    assert fraction(configurations_of(facts, "compact")["2d"], "compact") == 0.33
+
+
 def test_a_network_that_is_trained_for_minutes_is_not_shown_scans_from_every_side():
     made = made_compact([240, 240, 10], [])[0]["2d"]
 
