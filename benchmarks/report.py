@@ -22,6 +22,13 @@ def print_report(name, figures, device):
         "device": device,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "versions": {package: _version_of(package) for package in PACKAGES},
     }
     print(json.dumps(report, indent=1))
+
+
+def _version_of(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -2,8 +2,10 @@
 
 python benchmarks/step_time.py --config=configs/unet.py
 python benchmarks/step_time.py --config=configs/unet.py --config.parallel.mode=shard_map
+python benchmarks/step_time.py --config=configs/auto.py --config.plan.file=FILE  # of jaxseg.plan
 
-The data is noise: only shapes matter. Prints compile time apart from the steps after it.
+The data is noise: only shapes matter. Prints compile time apart from the steps after it, and the
+memory that the compiler says training takes beside the most that was in use on the device.
 """
 
 import time
@@ -16,6 +18,8 @@ from report import print_report
 
 from jaxseg import parallel
 from jaxseg.experiment import build
+from jaxseg.experiment.plan_file import completed_by_file
+from jaxseg.experiment.step_memory import bytes_of, compile_step
 from jaxseg.models.summary import count_flops
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/unet.py")
@@ -25,7 +29,7 @@ NUM_CLASSES = flags.DEFINE_integer("num_classes", 4, "Classes, background includ
 
 
 def main(_):
-    config = CONFIG.value
+    config = completed_by_file(CONFIG.value) if CONFIG.value.plan.file else CONFIG.value
     patch_size = tuple(config.data.patch_size)
     image_shape = (*patch_size, NUM_CHANNELS.value)
     batch_size = config.train.batch_size
@@ -39,20 +43,25 @@ def main(_):
     tx = build.create_tx(config)
     layout = build.create_layout(config)
     train_step, eval_step = build.create_steps(config, model, tx, layout)
-    state, key, learning_rate = (
+    members = tuple(
         parallel.place(tree, layout)
         for tree in build.create_members(config, model, tx, image_shape)
     )
+    state, *keys_and_rates = members
     batch = parallel.shard(batch, layout)
 
-    eval_times = seconds_per_call(lambda: eval_step(state, batch))
+    start = time.perf_counter()
+    program = compile_step(train_step, config, members, NUM_CHANNELS.value, layout)
+    compile_s = time.perf_counter() - start
     carried = [state]
 
     def train_once():
-        carried[0], metrics = train_step(carried[0], batch, key, learning_rate)
+        carried[0], metrics = program(carried[0], batch, *keys_and_rates)
         return metrics
 
     train_times = seconds_per_call(train_once)
+    most_in_use = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    eval_times = seconds_per_call(lambda: eval_step(carried[0], batch))
     flops = 3 * batch_size * count_flops(model, image_shape)
     print_report(
         "step_time",
@@ -62,7 +71,9 @@ def main(_):
             "dtype": config.model.dtype,
             "devices": jax.device_count(),
             "mode": config.parallel.mode,
-            "train_first_s": train_times[0],
+            "train_compile_s": compile_s,
+            "train_gib_as_compiled": bytes_of(program) / 2**30,
+            "gib_in_use_at_most": most_in_use and most_in_use / 2**30,
             "train_median_s": float(np.median(train_times[1:])),
             "train_min_s": min(train_times[1:]),
             "eval_first_s": eval_times[0],

@@ -78,6 +78,7 @@ def augment(
     *,
     patch_size: Sequence[int],
     params: Mapping[str, Options],
+    masked: Sequence[bool] = (),
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Cuts a patch, warped and with altered intensities, out of the centre of the region.
 
@@ -91,6 +92,8 @@ def augment(
       seed: [2] integer; the same seed gives the same result.
       patch_size: Voxels per axis P, a tuple of 2 or 3 ints.
       params: From each transform's name to its options, `prob` among them (see `jaxseg.config`).
+      masked: For each channel whether it is 0 outside a mask, and stays so as in nnU-Net; () if
+        none is.
     Returns:
       image [*P, C] (linear interpolation), label [*P] and valid [*P] (nearest neighbour), of the
       dtypes given. Outside the region the warp finds zeros in all three.
@@ -110,8 +113,11 @@ def augment(
         label, valid = sample_nearest(label, grid), sample_nearest(valid, grid)
     else:
         image, label, valid = crop_centre(image, label, valid, patch_size=patch_size)
+    warped = image
     for name, (number, transform) in INTENSITY.items():
         image = _sometimes(transform, image, seed, number, params[name])
+    if any(masked):
+        image = tf.where(tf.constant(masked) & (warped == 0), 0.0, image)
     return image, label, valid
 
 

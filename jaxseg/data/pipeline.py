@@ -23,6 +23,7 @@ def train_batches(
     foreground_fraction: float,
     augment_params: Mapping[str, Options],
     foreground_by_place: bool = False,
+    masked: Sequence[bool] = (),
     margin: Sequence[int] = (),
     process_index: int = 0,
     process_count: int = 1,
@@ -46,6 +47,7 @@ def train_batches(
       augment_params: as for `jaxseg.data.augment.augment`.
       foreground_by_place: whether these patches are the last of every batch, as many as
         `num_around_foreground` says, instead.
+      masked: as for `jaxseg.data.augment.augment`.
       margin: as for `sample_region`.
       process_index, process_count: which part of each batch.
     Returns:
@@ -91,7 +93,13 @@ def train_batches(
         label, valid = tf.ensure_shape(label, region), tf.ensure_shape(valid, region)
         example_seed = tf.stack([seed, tf.cast(example, tf.int32)])
         image, label, valid = augment(
-            image, label, valid, example_seed, patch_size=patch_size, params=augment_params
+            image,
+            label,
+            valid,
+            example_seed,
+            patch_size=patch_size,
+            params=augment_params,
+            masked=masked,
         )
         return {"image": image, "label": label, "valid": valid}
 

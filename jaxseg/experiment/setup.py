@@ -176,6 +176,7 @@ def _member_batches(run, set_name, first_step, num_steps, augment_params):
                 foreground_fraction=config.data.foreground_fraction,
                 foreground_by_place=config.data.foreground_by_place,
                 augment_params=augment_params,
+                masked=[scheme == "zscore_inside" for scheme in run.data.plan.normalisation],
                 margin=run.recipe.margin,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),

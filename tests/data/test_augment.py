@@ -69,6 +69,19 @@ def source_coordinates(region, patch, **options):
 # The whole
 
 
+def test_a_masked_channel_stays_0_where_it_is_and_the_others_are_as_without():
+    image, label, valid = example((12, 10))
+    image[:5] = 0.0
+    options = {"patch_size": (8, 8), "params": with_options("noise", "brightness", "rotation")}
+    plain, *_ = augment(image, label, valid, **options)
+    masked, *_ = augment(image, label, valid, masked=(True, False), **options)
+    warped = warp(image, (8, 8), rotation={})
+    outside = warped[..., 0] == 0
+    assert 5 < outside.sum() < 60 and (plain[outside] != 0).all()
+    np.testing.assert_array_equal(masked[..., 0], np.where(outside, 0.0, plain[..., 0]))
+    np.testing.assert_array_equal(masked[..., 1], plain[..., 1])
+
+
 @pytest.mark.parametrize(
     ("region", "patch", "start"),
     [
