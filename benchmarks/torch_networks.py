@@ -348,3 +348,29 @@ def dice_cross_entropy(logits, label):
     overlap = 2 * (probs * one_hot).sum(axes) + 1e-5
     size = (probs + one_hot).sum(axes) + 1e-5
     return cross_entropy + 1 - (overlap / size).mean()
+
+
+def supervised(outputs, label):
+    """As `supervise` of `training.losses`: coarser scales weigh half, of small logits the centre.
+
+    Args:
+      outputs: logits [B, K, *S], or a tuple of such, finest first.
+      label: [B, *S] int64.
+    """
+    if not isinstance(outputs, tuple):
+        start = [(n - m) // 2 for n, m in zip(label.shape[1:], outputs.shape[2:], strict=True)]
+        for axis, (s, m) in enumerate(zip(start, outputs.shape[2:], strict=True), start=1):
+            label = label.narrow(axis, s, m)
+        return dice_cross_entropy(outputs, label)
+    total = sum(0.5**i for i in range(len(outputs)))
+    return sum(
+        0.5**i / total * dice_cross_entropy(scale, _nearest(label, scale.shape[2:]))
+        for i, scale in enumerate(outputs)
+    )
+
+
+def _nearest(label, shape):
+    for axis, (n, m) in enumerate(zip(label.shape[1:], shape, strict=True), start=1):
+        places = torch.tensor([int((i + 0.5) * n / m) for i in range(m)], device=label.device)
+        label = label.index_select(axis, places)
+    return label

@@ -56,6 +56,8 @@ FIELDS: dict[str, Any] = {
         # To plan for a device that is not here: XLA's description of a GPU (a .txtpb file) or a
         # slice of TPUs such as v5e:2x2.
         "target": "",
+        # From command to evaluated network: train.num_steps are as many as fit. 0: as they are.
+        "minutes": 0.0,
     },
     "split": {
         "seed": 0,  # of who is in which set, so that `seed` repeats a run on the same
@@ -233,10 +235,7 @@ MODEL_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "model.encoder": ("plain", "residual", "vgg16", "resnet18", "resnet34", "resnet50"),
         "model.padding": ("same", "valid"),
     },
-    "fcn": {
-        "model.encoder": ("plain", "vgg16"),
-        "model.padding": ("same", "paper"),
-    },
+    "fcn": {"model.encoder": ("plain", "vgg16"), "model.padding": ("same", "paper")},
 }
 
 POSITIVE = (
@@ -271,6 +270,7 @@ NOT_NEGATIVE = (
     "optim.clip_norm",
     "loss.border_weight.w0",
     "plan.memory_gib",
+    "plan.minutes",
     "parallel.virtual_shards",
     "ensemble.folds",
 )

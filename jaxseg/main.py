@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -33,6 +34,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, f
 
 def main(argv: Sequence[str]) -> None:
     """Validates, trains, and turns every expected failure into one clear message."""
+    begun_s = time.monotonic()
     if len(argv) > 1 or _CONFIG.value is None:
         what = f"unexpected argument {argv[1]!r}: set fields with --config.FIELD=VALUE"
         _exit(what if len(argv) > 1 else "say which experiment: --config=configs/unet.py")
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         command.keep_compiled(_CONFIG.value.compile.cache_dir)
         from jaxseg.experiment.train import train  # needs what `pip install jaxseg[train]` brings
 
-        stopped_by = train(_CONFIG.value)
+        stopped_by = train(_CONFIG.value, begun_s)
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", status=130)
     except Exception as error:

@@ -82,8 +82,8 @@ def augment(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Cuts a patch, warped and with altered intensities, out of the centre of the region.
 
-    Each transform draws from a seed of its own, so that turning one off leaves the others as they
-    were. With prob 0 a transform adds no ops; where it is not drawn its work is skipped.
+    Each transform has a seed of its own: without one the others draw as before. With prob 0 it adds
+    no ops; where it is not drawn its work is skipped.
 
     Args:
       image: Region, [*R, C] float32, of static shape.
@@ -92,8 +92,7 @@ def augment(
       seed: [2] integer; the same seed gives the same result.
       patch_size: Voxels per axis P, a tuple of 2 or 3 ints.
       params: From each transform's name to its options, `prob` among them (see `jaxseg.config`).
-      masked: For each channel whether it is 0 outside a mask, and stays so as in nnU-Net; () if
-        none is.
+      masked: For each channel whether it is 0 outside a mask and stays so; () if none is.
     Returns:
       image [*P, C] (linear interpolation), label [*P] and valid [*P] (nearest neighbour), of the
       dtypes given. Outside the region the warp finds zeros in all three.
@@ -113,12 +112,10 @@ def augment(
         label, valid = sample_nearest(label, grid), sample_nearest(valid, grid)
     else:
         image, label, valid = crop_centre(image, label, valid, patch_size=patch_size)
-    warped = image
+    outside = tf.constant(masked) & (image == 0) if any(masked) else False
     for name, (number, transform) in INTENSITY.items():
         image = _sometimes(transform, image, seed, number, params[name])
-    if any(masked):
-        image = tf.where(tf.constant(masked) & (warped == 0), 0.0, image)
-    return image, label, valid
+    return tf.where(outside, 0.0, image) if any(masked) else image, label, valid
 
 
 # Spatial transforms: (grid, seed, options) -> grid. A grid [*P, rank] float32 holds, for each voxel
@@ -399,6 +396,5 @@ def _check_shapes(image, label, valid, patch_size):
         )
     if any(r < p for r, p in zip(region, patch_size, strict=True)):
         raise ValueError(
-            f"the region {region} is smaller than the patch {tuple(patch_size)}: pad it with zeros "
-            "to region_size"
+            f"the region {region} is smaller than the patch {tuple(patch_size)}: pad it"
         )

@@ -93,17 +93,24 @@ def loss_fn_for(config: ConfigDict) -> Callable[..., jax.Array]:
     return loss_fn
 
 
-def create_tx(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser that `config.optim` describes, for a learning rate of 1."""
-    schedule = optim.create_schedule(
+def schedule_of(config: ConfigDict) -> optax.Schedule:
+    """The schedule that `config.optim` describes over `train.num_steps`, for a rate of 1."""
+    return optim.create_schedule(
         config.optim.schedule,
         learning_rate=1.0,
         num_steps=config.train.num_steps,
         warmup_steps=config.optim.warmup_steps,
     )
+
+
+def create_tx(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser that `config.optim` describes, for a learning rate of 1.
+
+    With `plan.minutes` it knows no schedule: that is stretched over a time, outside of it.
+    """
     return optim.create_optimizer(
         config.optim.name,
-        schedule,
+        optax.constant_schedule(1.0) if config.plan.minutes else schedule_of(config),
         weight_decay=config.optim.weight_decay,
         momentum=config.optim.momentum,
         clip_norm=config.optim.clip_norm,

@@ -1,7 +1,7 @@
 """Replays a run from its settings and says where it first differs."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from jaxseg import parallel
 from jaxseg.experiment import build, gather
 from jaxseg.experiment.gather import Data
+from jaxseg.experiment.length import Counted, Timed, recorded_stretches
 from jaxseg.experiment.predictor import FINISHED_NAME
 from jaxseg.experiment.saved import saved_beginning, saved_config
 from jaxseg.experiment.setup import check_batch_size, create_run, training_batches
@@ -18,6 +19,7 @@ from jaxseg.problem import Problem
 from jaxseg.run import checkpoint, identity
 from jaxseg.run.log import TRACE_NAME, TRACED, Log, SilentLog, read_trace, trace_row
 from jaxseg.run.readers import read_file
+from jaxseg.training.pace import Stretch
 
 
 class ReproduceProblem(Problem, ValueError):
@@ -41,7 +43,8 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
     config = saved_config(workdir)
     config_json = read_file(workdir, "config.json", str)  # as it was recorded, whatever its version
     begun, sessions = saved_beginning(workdir), identity.read_sessions(workdir)
-    recorded = _recorded_steps(workdir, config, num_steps)
+    stretches = recorded_stretches(workdir) if config.plan.minutes else []
+    recorded = _recorded_steps(workdir, config, stretches, num_steps)
     log = SilentLog()
     data = gather.load_data(config, log, begun)
     now = identity.describe(config_json, data.sha256)
@@ -49,7 +52,7 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
         for line in identity.differences(session, now):
             say(f"the run from step {session['first_step'] + 1} on -> now: {line}")
 
-    rows = replay(config, data, log, len(recorded))
+    rows = replay(config, data, log, len(recorded), stretches)
     for row in tqdm(rows, total=len(recorded), unit="step", disable=None):
         found = differences(recorded[row["step"]], row)
         if found:
@@ -59,7 +62,7 @@ def reproduce(workdir: str, num_steps: int | None = None, *, say: Callable[[str]
     return True
 
 
-def _recorded_steps(workdir, config, num_steps):
+def _recorded_steps(workdir, config, stretches, num_steps):
     """By step the rows that are to be replayed."""
     path = os.path.join(workdir, TRACE_NAME)
     recorded = {row["step"]: row for row in read_trace(workdir)}
@@ -70,7 +73,7 @@ def _recorded_steps(workdir, config, num_steps):
             f"{path} has {len(recorded)} steps, not step {missing[0]}; choose a smaller "
             "--num_steps, or a run that was recorded"
         )
-    if num_steps is None and last < (done := _steps_done(workdir, config)):
+    if num_steps is None and last < (done := _steps_done(workdir, config, stretches)):
         raise ReproduceProblem(
             f"{path}: ends at step {last}, but the run has come to step {done}; bring back a copy, "
             f"or replay what is left with --num_steps={last}"
@@ -78,14 +81,16 @@ def _recorded_steps(workdir, config, num_steps):
     return {step: recorded[step] for step in range(1, last + 1)}
 
 
-def _steps_done(workdir, config):
+def _steps_done(workdir, config, stretches):
     """How many steps a run is known to have done."""
     if os.path.exists(os.path.join(workdir, FINISHED_NAME)):
-        return config.train.num_steps
+        return stretches[-1].last_step if stretches else config.train.num_steps
     return checkpoint.last_step(os.path.join(workdir, "checkpoints"))
 
 
-def replay(config: ConfigDict, data: Data, log: Log, num_steps: int) -> Iterator[dict[str, Any]]:
+def replay(
+    config: ConfigDict, data: Data, log: Log, num_steps: int, stretches: Sequence[Stretch] = ()
+) -> Iterator[dict[str, Any]]:
     """Trains from the beginning, and writes nothing.
 
     Args:
@@ -93,6 +98,7 @@ def replay(config: ConfigDict, data: Data, log: Log, num_steps: int) -> Iterator
       data: `jaxseg.experiment.gather.Data`.
       log: where to say what is done.
       num_steps: steps to do.
+      stretches: of a run with `plan.minutes`.
     Yields:
       The row of `jaxseg.run.log.trace_row` of each step.
     Raises:
@@ -101,9 +107,10 @@ def replay(config: ConfigDict, data: Data, log: Log, num_steps: int) -> Iterator
     """
     check_batch_size(config, build.create_layout(config))
     run, state = create_run(config, data, log, fresh=True)
+    length = Timed(run, stretches) if stretches else Counted(run)
     batches = training_batches(run, 0, num_steps)
     for step, batch in enumerate(parallel.prefetch_to_device(batches, run.layout), start=1):
-        state, step_metrics = run.train_step(state, batch, run.keys, run.learning_rates)
+        state, step_metrics = run.train_step(state, batch, run.keys, length.rates(step))
         yield trace_row(step, jax.device_get(step_metrics))
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxseg.experiment import build, gather
 from jaxseg.experiment.assess import assess
 from jaxseg.experiment.fitting import resolved
 from jaxseg.experiment.interrupts import stop_requests
+from jaxseg.experiment.length import Counted, Timed, length_of
 from jaxseg.experiment.members import kind_of_members
 from jaxseg.experiment.plan_file import completed_by_file, naming_file
 from jaxseg.experiment.planned import fingerprint_json
@@ -53,11 +55,13 @@ from jaxseg.training.state import TrainState
 _NOTHING_OPEN = "decides what a config leaves open, here nothing: take configs/auto.py, or unset it"
 
 
-def train(config: ConfigDict) -> int | None:
+def train(config: ConfigDict, begun_s: float | None = None) -> int | None:
     """Trains, or goes on training, and evaluates.
 
     Args:
       config: validated ConfigDict.
+      begun_s: on the clock of `time.monotonic`, from when on `plan.minutes` are counted; None
+        for now.
     Returns:
       None when the run is complete, or the number of the signal that stopped it after it had saved.
     Raises:
@@ -65,11 +69,13 @@ def train(config: ConfigDict) -> int | None:
       FileProblem: a file of the run in the folder is damaged.
       OwnershipProblem: another process works in the folder.
       CheckpointProblem: none of the saved checkpoints is whole, or one can not be written.
-      ConfigProblems: the network can not take such a patch, or the devices not such a layout.
+      ConfigProblems: the network can not take such a patch, or the devices not such a layout, or
+        there is no time for them.
       GroupProblem: a pattern of `optim.groups` matches nothing.
       WeightsProblem, TransferProblem: the weights to start from can not be used.
       DatasetProblems, SplitProblem, OSError: the data can not be used.
     """
+    begun_s = time.monotonic() if begun_s is None else begun_s
     workdir = workdir_of(config)
     checkpoints = os.path.join(workdir, "checkpoints")
     begins = not checkpoint.last_step(checkpoints)
@@ -95,12 +101,12 @@ def train(config: ConfigDict) -> int | None:
                 refuse_another_experiment(workdir, config)
             log: Log = RunLog(workdir) if is_first else SilentLog()
             with contextlib.closing(log):
-                return _train(config, workdir, manager, log)
+                return _train(config, workdir, manager, log, begun_s)
         finally:
             checkpoint.close_checkpoints(manager)
 
 
-def _train(config, workdir, manager, log):
+def _train(config, workdir, manager, log, begun_s):
     is_new = manager.latest_step() is None
     begun = None if is_new else saved_beginning(workdir)
     with _listing_all(workdir):
@@ -127,8 +133,9 @@ def _train(config, workdir, manager, log):
         identity.record(
             workdir, first_step, identity.describe(config_lib.to_json(config), data.sha256)
         )
+    length = length_of(run, state, first_step, begun_s)
     with stop_requests() as stop_at:
-        state, stopped_by = fit(run, state, first_step, stop_at)
+        state, stopped_by = fit(run, state, first_step, length, stop_at)
     if stopped_by:
         return stopped_by
     state = jax.device_get(state_to_evaluate(run, state))
@@ -164,7 +171,11 @@ def _listing_all(workdir):
 
 
 def fit(
-    run: Run, state: TrainState, first_step: int, stop_at: Callable[[int], int]
+    run: Run,
+    state: TrainState,
+    first_step: int,
+    length: Counted | Timed,
+    stop_at: Callable[[int], int],
 ) -> tuple[TrainState, int]:
     """Trains from `first_step` to the last step, or until asked to stop; saves on the way.
 
@@ -172,6 +183,7 @@ def fit(
       run: Run.
       state: TrainState on the devices; its memory is reused.
       first_step: number of updates done.
+      length: of `length_of`.
       stop_at: of `stop_requests`.
     Returns:
       (state, signal): the last TrainState, which has been saved, and what stopped it, or 0.
@@ -181,24 +193,23 @@ def fit(
       CheckpointProblem: a checkpoint could not be written; those before are kept.
     """
     config, log = run.config, run.log
-    num_steps = config.train.num_steps
-    if first_step == num_steps:
+    if length.is_over(first_step):
         return state, 0
     train_step = _compiled(run, state)
     val_batches = [parallel.shard(batch, run.layout) for batch in validation_batches(run)]
-    batches = training_batches(run, first_step, num_steps)
+    batches = training_batches(run, first_step, length.most_steps)
     batch_size = config.train.batch_size * len(run.members)
-    progress = StepProgress(log, first_step, num_steps, batch_size)
+    progress = StepProgress(log, first_step, batch_size)
     stopping = 0
     pending = []  # metrics still on the device: fetching them every step would stall it
     prefetched = parallel.prefetch_to_device(batches, run.layout)
     for step, batch in enumerate(prefetched, start=first_step + 1):
-        state, step_metrics = train_step(state, batch, run.keys, run.learning_rates)
+        state, step_metrics = train_step(state, batch, run.keys, length.rates(step))
         pending.append(step_metrics)
-        progress.advance()
+        progress.advance(length.num_steps)
 
+        evaluate_now, is_over = length.after(step, state)
         stopping = stop_at(step)  # asked once: the answer may change at any moment
-        evaluate_now = step == num_steps or step % config.train.eval_every == 0
         save_now = stopping or evaluate_now or step % config.train.checkpoint_every == 0
         if save_now or step % config.train.log_every == 0:
             values = jax.device_get(pending)
@@ -207,7 +218,7 @@ def fit(
             log.trace([trace_row(n, row) for n, row in enumerate(values, start=first)])
             is_sweep = kind_of_members(config) == "rates"
             means = mean_metrics(values, step, enough=np.any if is_sweep else np.all)
-            means["images_per_s"] = progress.report(step, means)
+            means["images_per_s"] = progress.report(step, length.num_steps, means)
             log.scalars(step, means)
         if evaluate_now:
             scores = validate(run, state, val_batches)
@@ -220,6 +231,7 @@ def fit(
         if stopping:
             name = signal.Signals(stopping).name
             log.text(f"{name}: saved at step {step}; run the same command to go on")
+        if stopping or is_over:
             break
     progress.close()
     return state, stopping
@@ -281,7 +293,7 @@ def save(run: Run, step: int, state: TrainState, scores: dict[str, Any] | None) 
 def state_to_evaluate(run: Run, state: TrainState) -> TrainState:
     """The last state or, if test cases will judge it, the one with the best validation Dice."""
     best_step = run.manager.best_step()
-    if not run.data.split["test"] or best_step == run.config.train.num_steps:
+    if not run.data.split["test"] or best_step == run.manager.latest_step():
         return state
     try:
         return checkpoint.restore(run.manager, best_step, parallel.joined(state, run.layout))

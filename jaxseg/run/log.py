@@ -135,28 +135,27 @@ Log = RunLog | TerminalLog | SilentLog
 class StepProgress:
     """Progress over training steps: a bar on a terminal, and lines with rate and time to go."""
 
-    def __init__(self, log: Log, first_step: int, num_steps: int, batch_size: int):
+    def __init__(self, log: Log, first_step: int, batch_size: int):
         self._log = log
-        self._first_step, self._num_steps = first_step, num_steps
         self._batch_size = batch_size
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
-        )
+        self._bar = tqdm(initial=first_step, unit="step", disable=not sys.stderr.isatty())
         self._last = (time.monotonic(), first_step)
 
-    def advance(self) -> None:
+    def advance(self, num_steps: int) -> None:
+        """Says that a step is done, of so many as there will be."""
+        self._bar.total = num_steps
         self._bar.update()
 
-    def report(self, step: int, values: Mapping[str, Any]) -> float:
+    def report(self, step: int, num_steps: int, values: Mapping[str, Any]) -> float:
         """Logs numbers at a step, with images/s since the last report; returns images/s."""
         now = time.monotonic()
         then, last_step = self._last
         seconds_per_step = (now - then) / max(step - last_step, 1)
         images_per_s = self._batch_size / max(seconds_per_step, 1e-9)
-        eta_s = seconds_per_step * (self._num_steps - step)
+        eta_s = seconds_per_step * (num_steps - step)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in without_lists(values).items())
         self._log.text(
-            f"step {step}/{self._num_steps}  {shown}  {images_per_s:.1f} images/s  "
+            f"step {step}/{num_steps}  {shown}  {images_per_s:.1f} images/s  "
             f"ETA {tqdm.format_interval(eta_s)}"
         )
         self.restart_clock(step)

@@ -61,7 +61,7 @@ def replay_as(monkeypatch):
     calls = []
 
     def replay_as(changes=None, num_members=None, sha256="f" * 64):
-        def stand_in(config, data, log, num_steps):
+        def stand_in(config, data, log, num_steps, stretches):
             calls.append((to_json(config), type(log), num_steps))
             for step in range(1, num_steps + 1):
                 metrics = metrics_of(step, num_members) | (changes or {}).get(step, {})

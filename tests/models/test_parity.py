@@ -129,26 +129,6 @@ class Errors:
             assert self.rows[kind][1] < TOLERANCES[kind], f"{kind} of {self}"
 
 
-def nearest(label, shape):
-    for axis, (n, m) in enumerate(zip(label.shape[1:], shape, strict=True), start=1):
-        label = label.index_select(axis, torch.tensor([int((i + 0.5) * n / m) for i in range(m)]))
-    return label
-
-
-def torch_loss(outputs, label):
-    """The same supervision, written again: coarser scales weigh half, valid logits the centre."""
-    if not isinstance(outputs, tuple):
-        start = [(n - m) // 2 for n, m in zip(label.shape[1:], outputs.shape[2:], strict=True)]
-        for axis, (s, m) in enumerate(zip(start, outputs.shape[2:], strict=True), start=1):
-            label = label.narrow(axis, s, m)
-        return networks.dice_cross_entropy(outputs, label)
-    total = sum(0.5**i for i in range(len(outputs)))
-    return sum(
-        0.5**i / total * networks.dice_cross_entropy(scale, nearest(label, scale.shape[2:]))
-        for i, scale in enumerate(outputs)
-    )
-
-
 def comparison(name, model, network, shape, num_classes, compiler_options=None):
     """A function from an image to the `Errors` of a training step without its update."""
     label = np.random.default_rng(1).integers(num_classes, size=shape[:-1]).astype(np.int32)
@@ -172,7 +152,7 @@ def comparison(name, model, network, shape, num_classes, compiler_options=None):
         image_torch = to_torch(image).requires_grad_()
         network.zero_grad()
         outputs_torch = network(image_torch)
-        loss_torch = torch_loss(outputs_torch, torch.tensor(label, dtype=torch.int64))
+        loss_torch = networks.supervised(outputs_torch, torch.tensor(label, dtype=torch.int64))
         loss_torch.backward()
 
         errors = Errors(name)

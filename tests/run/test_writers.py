@@ -202,22 +202,26 @@ def test_tensorboard_gets_the_same_numbers(open_log, tmp_path):
 
 def test_rate_and_time_to_go_by_hand(clock):
     log = TextLog()
-    progress = StepProgress(log, first_step=100, num_steps=200, batch_size=8)
+    progress = StepProgress(log, first_step=100, batch_size=8)
     clock[0] += 20
-    assert progress.report(110, {"loss": 0.12345}) == pytest.approx(4.0)  # 2 s a step, 8 images
+    assert progress.report(110, 200, {"loss": 0.12345}) == pytest.approx(
+        4.0
+    )  # 2 s a step, 8 images
     assert log.lines == ["step 110/200  loss 0.1235  4.0 images/s  ETA 03:00"]
     clock[0] += 5
-    assert progress.report(120, {}) == pytest.approx(16.0)  # since the last report, not the start
+    assert progress.report(120, 200, {}) == pytest.approx(
+        16.0
+    )  # since the last report, not the start
     assert log.lines[1].endswith("ETA 00:40")
     progress.close()
 
 
 def test_numbers_of_members_are_kept_but_not_shown(open_log, clock, tmp_path, capsys):
     log = open_log()
-    progress = StepProgress(log, first_step=0, num_steps=10, batch_size=8)
+    progress = StepProgress(log, first_step=0, batch_size=8)
     clock[0] += 1
     values = {"loss": 0.5, "member_loss": [0.25, 0.75]}
-    progress.report(1, values)
+    progress.report(1, 10, values)
     log.scalars(1, values)
     progress.close()
     assert capsys.readouterr().out == "step 1/10  loss 0.5000  8.0 images/s  ETA 00:09\n"
@@ -237,13 +241,13 @@ def test_before_a_run_knows_where_it_starts_no_number_is_touched(open_log, tmp_p
 
 
 def test_what_is_not_training_does_not_lower_the_rate(clock):
-    progress = StepProgress(TextLog(), first_step=0, num_steps=100, batch_size=4)
+    progress = StepProgress(TextLog(), first_step=0, batch_size=4)
     clock[0] += 10
-    progress.report(10, {})
+    progress.report(10, 100, {})
     clock[0] += 1000  # validation
     progress.restart_clock(10)
     clock[0] += 5
-    assert progress.report(20, {}) == pytest.approx(8.0)
+    assert progress.report(20, 100, {}) == pytest.approx(8.0)
     progress.close()
 
 
