@@ -1,5 +1,6 @@
 """The training batch at step t as a pure function of (seed, t, global batch size)."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -58,6 +59,7 @@ def train_batches(
     """
     local_size = batch_size // process_count
     region = region_size(patch_size, augment_params)
+    cut = functools.partial(augment, patch_size=patch_size, params=augment_params, masked=masked)
     case_ids = sorted(case_ids)
 
     failures: list[Exception] = []
@@ -92,15 +94,7 @@ def train_batches(
         image = tf.ensure_shape(image, (*region, num_channels))
         label, valid = tf.ensure_shape(label, region), tf.ensure_shape(valid, region)
         example_seed = tf.stack([seed, tf.cast(example, tf.int32)])
-        image, label, valid = augment(
-            image,
-            label,
-            valid,
-            example_seed,
-            patch_size=patch_size,
-            params=augment_params,
-            masked=masked,
-        )
+        image, label, valid = cut(image, label, valid, example_seed)
         return {"image": image, "label": label, "valid": valid}
 
     positions = tf.data.Dataset.range(start_step * local_size, num_steps * local_size)
