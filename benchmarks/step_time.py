@@ -30,15 +30,8 @@ NUM_CLASSES = flags.DEFINE_integer("num_classes", 4, "Classes, background includ
 
 def main(_):
     config = completed_by_file(CONFIG.value) if CONFIG.value.plan.file else CONFIG.value
-    patch_size = tuple(config.data.patch_size)
-    image_shape = (*patch_size, NUM_CHANNELS.value)
+    image_shape = (*config.data.patch_size, NUM_CHANNELS.value)
     batch_size = config.train.batch_size
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.normal(size=(batch_size, *image_shape)).astype(np.float32),
-        "label": rng.integers(NUM_CLASSES.value, size=(batch_size, *patch_size)).astype(np.int32),
-        "valid": np.ones((batch_size, *patch_size), np.float32),
-    }
     model = build.create_model_for(config, NUM_CLASSES.value)
     tx = build.create_tx(config)
     layout = build.create_layout(config)
@@ -48,7 +41,7 @@ def main(_):
         for tree in build.create_members(config, model, tx, image_shape)
     )
     state, *keys_and_rates = members
-    batch = parallel.shard(batch, layout)
+    batch = parallel.shard(noise((batch_size, *image_shape)), layout)
 
     start = time.perf_counter()
     program = compile_step(train_step, config, members, NUM_CHANNELS.value, layout)
@@ -83,6 +76,16 @@ def main(_):
         },
         str(jax.devices()[0].device_kind),
     )
+
+
+def noise(shape):
+    """A batch of images [B, *S, C], and of labels that mean nothing."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.normal(size=shape).astype(np.float32),
+        "label": rng.integers(NUM_CLASSES.value, size=shape[:-1]).astype(np.int32),
+        "valid": np.ones(shape[:-1], np.float32),
+    }
 
 
 def seconds_per_call(function):
