@@ -100,7 +100,7 @@ class Conv(nn.Module):
             padding = ((0, 0), *padding[1:])
         x = formulations.convolve(x, kernel, strides, padding)
         if self.use_bias:
-            x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            x = _with_bias(x, self.param("bias", nn.initializers.zeros, (self.features,)))
         return x
 
 
@@ -116,8 +116,13 @@ class UpConv(nn.Module):
         shape = (*per_axis(self.strides, x.ndim - 2), x.shape[-1], self.features)
         kernel = self.param("kernel", lecun_normal_per_tap, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return formulations.upconvolve(x, kernel) + bias
+        x, kernel = (a.astype(self.dtype) for a in (x, kernel))
+        return _with_bias(formulations.upconvolve(x, kernel), bias)
+
+
+def _with_bias(x, bias):
+    """The sum, of x's dtype, taken in float32: so is that over all voxels, the bias's gradient."""
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 class Norm(nn.Module):

@@ -42,6 +42,16 @@ def oracle_normalise(x, axes, eps=1e-5):
     return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)
 
 
+@pytest.mark.parametrize("layer", [Conv, UpConv])
+def test_a_bias_in_bfloat16_has_the_gradient_of_all_voxels(layer):
+    """Summed in bfloat16 it would stop growing after some hundred of them."""
+    model = layer(2, 1, dtype=jnp.bfloat16)
+    x = jnp.ones((1, 24, 24, 24, 1))
+    variables = model.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda v: model.apply(v, x).astype(jnp.float32).sum())(variables)
+    np.testing.assert_allclose(gradient["params"]["bias"], 24**3, rtol=1e-6)
+
+
 def test_up_conv_starts_with_the_variance_that_keeps_its_inputs_scale():
     kernel = UpConv(64).init(jax.random.key(0), jnp.zeros((1, 2, 2, 128)))["params"]["kernel"]
     # One input voxel reaches one output voxel by one tap: the fan-in is the channels alone.

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import pytest
 
+from jaxseg.models import blocks
 from jaxseg.models.summary import count_flops, count_parameters, summarise_model, training_memory
 from jaxseg.models.unet import UNet
 
@@ -50,3 +51,9 @@ def test_memory_counts_what_the_gradient_needs():
 
     # The image for the kernel's gradient and the 7 outputs for the square's; float32.
     assert training_memory(SquaredSum(), (5, 2)) == 4 * (5 * 2 + 5 * 7)
+
+
+def test_convolutions_of_volumes_are_counted_whole():
+    """Not one turn of the loop that they are on CPU."""
+    model = blocks.Conv(3, use_bias=False)
+    assert count_flops(model, (4, 5, 6, 2)) == 2 * 10 * 13 * 16 * 2 * 3
