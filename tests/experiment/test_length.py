@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from jaxseg.config import ConfigProblems, base_config
-from jaxseg.experiment import length, train
+from jaxseg.experiment import build, length, train
+from jaxseg.experiment.members import members_of
 from jaxseg.experiment.replay import reproduce
 from jaxseg.problem import Problem
 from jaxseg.run.log import read_metrics, read_trace
+from jaxseg.training.pace import Stretch
 
 STEP_S = 0.8
 
@@ -61,11 +63,7 @@ def timed_config(data, tmp_path, **changes):
     return config
 
 
-def said(lines):
-    return "\n".join(lines)
-
-
-def test_a_timed_run_ends_with_its_time_and_can_be_reproduced(boxes, tmp_path):
+def test_a_timed_run_ends_with_its_time(boxes, tmp_path):
     config = timed_config(boxes, tmp_path)
     assert train.train(config) is None
     rows = [json.loads(line) for line in (tmp_path / "run/pace.jsonl").read_text().splitlines()]
@@ -82,9 +80,6 @@ def test_a_timed_run_ends_with_its_time_and_can_be_reproduced(boxes, tmp_path):
     assert evaluated == [half, num_steps]
     assert train.train(config) is None  # there is nothing left to do
     assert len(read_trace(config.workdir)) == num_steps
-    lines = []
-    assert reproduce(config.workdir, say=lines.append)
-    assert f"all {num_steps} steps agree to the bit" in said(lines)
 
 
 def test_stopped_and_gone_on_with_it_can_be_reproduced(boxes, tmp_path, clock):
@@ -112,29 +107,28 @@ def test_stopped_and_gone_on_with_it_can_be_reproduced(boxes, tmp_path, clock):
     assert rows[-1]["end"] == 1.0 and used_s < rows[-1]["used_s"] < 60
     lines = []
     assert reproduce(config.workdir, say=lines.append)
-    assert "steps agree to the bit" in said(lines)
+    num_steps = rows[-1]["step"] + rows[-1]["num_steps"]
+    assert f"all {num_steps} steps agree to the bit" in lines[-1]
 
     (workdir / "pace.jsonl").write_text(text.replace('"end": 1.0', '"end": 2.0'))
     with pytest.raises(Problem, match=r"pace\.jsonl.*it is no stretch of a training"):
         reproduce(config.workdir, say=lines.append)
 
 
-def test_the_rate_rises_and_falls_with_the_time(boxes, tmp_path, monkeypatch):
-    seen = []
-    placed = length.parallel.place
-
-    def place(tree, layout):
-        seen.append(tree)
-        return placed(tree, layout)
-
-    monkeypatch.setattr(length.parallel, "place", place)
-    changes = {"optim.learning_rate": 0.5, "optim.schedule": "cosine", "ensemble.size": 2}
-    assert train.train(timed_config(boxes, tmp_path, **changes)) is None
-    rates = [float(tree[0]) for tree in seen if isinstance(tree, np.ndarray)]
-    highest = rates.index(max(rates))
-    assert rates[0] == 0.0 and max(rates) > 0.45 and rates[-1] < 0.01
-    assert rates[: highest + 1] == sorted(rates[: highest + 1])
-    assert rates[highest:] == sorted(rates[highest:], reverse=True)
+def test_the_rate_rises_and_falls_over_stretches_of_any_length(tmp_path):
+    config = timed_config("", tmp_path, **{"optim.schedule": "cosine", "ensemble.size": 2})
+    run = types.SimpleNamespace(
+        config=config, members=members_of(config), layout=build.create_layout(config)
+    )
+    stretches = [Stretch(0, 5, 0.0, 0.05), Stretch(5, 8, 0.05, 0.8), Stretch(13, 3, 0.8, 1.0)]
+    timed = length.Timed(run, stretches)
+    rates = [np.asarray(timed.rates(step)).ravel() for step in range(1, 17)]
+    done = [0.01 * n for n in range(5)] + [0.05 + 0.75 * n / 8 for n in range(8)]
+    for rate, share in zip(rates, [*done, 0.8, 0.8 + 0.2 / 3, 0.8 + 0.4 / 3], strict=True):
+        step = 40 * share  # of 40, of which four are warm-up
+        factor = step / 4 if step < 4 else (1 + np.cos(np.pi * (step - 4) / 36)) / 2
+        np.testing.assert_allclose(rate, [config.optim.learning_rate * factor] * 2, rtol=1e-5)
+    assert timed.num_steps == 16 and timed.is_over(16) and not timed.is_over(13)
 
 
 def test_minutes_that_are_too_few_are_refused_before_the_first_step(boxes, tmp_path):
