@@ -143,7 +143,7 @@ def steps_per_s(config, settings, workdir):
     far = 10**6
     trial = (f"train.num_steps={far}", f"train.eval_every={far}", f"train.checkpoint_every={far}")
     run = started(config, (*settings, *trial, f"train.log_every={TRIAL_EVERY}"), workdir)
-    rows, batch_size = [], 0
+    rows = []
     while len(rows) < TRIAL_STEPS // TRIAL_EVERY:
         if run.poll() is not None:
             raise RuntimeError(f"{config} ended with {run.returncode}: {settings}")

@@ -4,16 +4,13 @@ OMP_WAIT_POLICY=passive python benchmarks/versus_torch.py
 
 Both take their turns in one process, and start from the same weights: the first losses agree. A
 step is dice and cross-entropy, gradients, AdamW. On CPU both compute in float32; on GPU in
-bfloat16, torch by autocast and torch.compile, and nnU-Net's network on two patches of 128^3 voxels
-with deep supervision is compared too. There set XLA_PYTHON_CLIENT_PREALLOCATE=false, so that both
-find memory; "peak_gib" is the most that each has had in use, up to then.
+bfloat16, torch by autocast and torch.compile.
 
 Believe a ratio only if both sides kept the machine's cores busy ("cores", CPU time per wall time).
 Threads of torch that wait actively for a core another process holds have made it 4 times slower;
 passive waiting does not.
 """
 
-import dataclasses
 import functools
 import os
 import time
@@ -35,20 +32,9 @@ from jaxseg.training.steps import train_step
 
 QUICK = flags.DEFINE_bool("quick", False, "Two rounds of each instead of ten.")
 
+FEATURES = (32, 64, 128, 256)
 NUM_CLASSES = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A batch [B, *S, C] and a network for it."""
-
-    shape: tuple[int, ...]
-    features: tuple[int, ...] = (32, 64, 128, 256)
-    deep_supervision: bool = False
-
-
-TASKS = {"2D": Task((4, 128, 128, 1)), "3D": Task((1, 48, 64, 48, 1))}
-ON_GPU = {"nnU-Net": Task((2, 128, 128, 128, 1), (32, 64, 128, 256, 320, 320), True)}
+SHAPES = {"2D": (4, 128, 128, 1), "3D": (1, 48, 64, 48, 1)}
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 
 
@@ -61,37 +47,25 @@ def main(_):
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_before": os.getloadavg()[0],
     }
-    for name, task in (TASKS | (ON_GPU if gpu else {})).items():
-        figures[name] = compare(task, gpu)
+    for name, shape in SHAPES.items():
+        figures[name] = compare(shape, gpu)
     print_report("versus_torch", figures, str(jax.devices()[0].device_kind))
 
 
-def compare(task, gpu):
+def compare(shape, gpu):
     """Figures of one network; every call returns once its result is there."""
-    shape = task.shape
     rng = np.random.default_rng(0)
     image = rng.normal(size=shape).astype(np.float32)
     label = rng.integers(NUM_CLASSES, size=shape[:-1]).astype(np.int32)
     torch.manual_seed(0)
-    network = torch_networks.UNet(
-        len(shape) - 2,
-        shape[-1],
-        NUM_CLASSES,
-        task.features,
-        deep_supervision=task.deep_supervision,
-    )
+    network = torch_networks.UNet(len(shape) - 2, shape[-1], NUM_CLASSES, FEATURES)
     calls = {
-        "jax": jax_calls(network, task, image, label, "bfloat16" if gpu else "float32"),
+        "jax": jax_calls(network, image, label, "bfloat16" if gpu else "float32"),
         "torch": torch_calls(network, image, label, gpu),
     }
     rounds = 2 if QUICK.value else 10
     figures = {"shape": list(shape), "rounds": rounds}
     figures["first_loss"] = {side: step() for side, (_, step) in calls.items()}
-    if gpu:
-        figures["peak_gib"] = {
-            "jax": jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30,
-            "torch": torch.cuda.max_memory_allocated() / 2**30,
-        }
     for index, kind in enumerate(("forward", "train_step")):
         functions = {side: pair[index] for side, pair in calls.items()}
         times = seconds_per_call(functions, rounds)
@@ -115,11 +89,9 @@ def seconds_per_call(functions, rounds):
     return {name: values[1:] for name, values in times.items()}
 
 
-def jax_calls(network, task, image, label, dtype):
+def jax_calls(network, image, label, dtype):
     """(forward, step) in jaxseg, from the weights of the torch network."""
-    model = UNet(
-        NUM_CLASSES, features=task.features, deep_supervision=task.deep_supervision, dtype=dtype
-    )
+    model = UNet(NUM_CLASSES, features=FEATURES, dtype=dtype)
     tx = create_optimizer("adamw", lambda _: LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     (state,) = create_train_states(model, tx, [jax.random.key(0)], image.shape[1:])
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
@@ -168,7 +140,7 @@ def torch_calls(network, image, label, gpu):
     def step():
         optimizer.zero_grad()
         with autocast():
-            loss = torch_networks.supervised(call(image), label)
+            loss = torch_networks.dice_cross_entropy(call(image), label)
         loss.backward()
         optimizer.step()
         wait()

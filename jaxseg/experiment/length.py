@@ -14,7 +14,7 @@ import numpy as np
 from jaxseg import parallel
 from jaxseg.config import ConfigProblems
 from jaxseg.experiment import build
-from jaxseg.experiment.members import member_weights, members_of
+from jaxseg.experiment.members import member_weights
 from jaxseg.experiment.segmented import segment_set, together
 from jaxseg.experiment.setup import Run
 from jaxseg.run.log import SilentLog
@@ -88,8 +88,8 @@ class Timed:
         """As of `Counted`."""
         if self._now is None or step > self._now[0].last_step:
             stretch = next(s for s in self._stretches if step <= s.last_step)
-            steps = shares(stretch) * self._config.train.num_steps
-            self._now = stretch, np.asarray([self._schedule(n) for n in steps], np.float32)
+            steps = (shares(stretch) * self._config.train.num_steps).astype(np.float32)
+            self._now = stretch, np.asarray(jax.vmap(self._schedule)(steps), np.float32)
             if self._clock:
                 self._clock.begin(step)
         stretch, factors = self._now
@@ -136,10 +136,8 @@ class Clock:
         now_s = time.monotonic()
         since_s, since_step = self._from
         step_s = (now_s - since_s) / (last.last_step - since_step)
-        used_s, step_s = (
-            float(parallel.gather_from_processes(np.array([seconds])).max())
-            for seconds in (now_s - self._zero_s, step_s)
-        )
+        here = np.array([now_s - self._zero_s, step_s])
+        used_s, step_s = parallel.gather_from_processes(here).max(axis=0).tolist()
         budget_s = 60 * self._config.plan.minutes
         validating_s = self._segmenting_s * _evaluations(self._config, last.begin, 1.0)
         stretch = next_stretch(
@@ -260,7 +258,7 @@ def _rehearsed(run, state):
         segment_set(rehearsal, few, "val", [])
         case_s = (time.monotonic() - start) / len(few)
     num_val, num_test = (len(run.data.split[name]) for name in ("val", "test"))
-    times = 1 if len(run.members) == 1 else 1 + len(members_of(run.config))
+    times = 1 if len(run.members) == 1 else 1 + len(run.members)
     whole_s = times * (num_val + num_test) * case_s
     return num_val * len(run.members) * case_s, (1 + _BESIDES) * whole_s + _REPORT_S
 
