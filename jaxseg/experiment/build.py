@@ -17,7 +17,7 @@ from jaxseg import config as config_lib
 from jaxseg import parallel
 from jaxseg.data import memory
 from jaxseg.data.preprocess import Plan
-from jaxseg.experiment.members import members_of
+from jaxseg.experiment.members import learning_rates_of, members_of
 from jaxseg.inference import whole_volume
 from jaxseg.inference.normalisation import statistics_of
 from jaxseg.models.registry import create_model
@@ -144,13 +144,13 @@ def create_members(
     states = create_train_states(model, tx, init_keys, image_shape)
     if config.init.checkpoint and log is not None:
         states = load_initial_weights(config, states, log)
-    rates = [jnp.float32(member.learning_rate) for member in members]
+    rates = jnp.asarray(learning_rates_of(members))
     if len(members) == 1:
-        return states[0], step_keys[0], rates[0]
-    return tuple(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-        for trees in (states, step_keys, rates)
+        return states[0], step_keys[0], rates
+    stacked, keys = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (states, step_keys)
     )
+    return stacked, keys, rates
 
 
 def check_initial_weights(config: ConfigDict) -> None:

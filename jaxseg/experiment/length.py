@@ -14,7 +14,7 @@ import numpy as np
 from jaxseg import parallel
 from jaxseg.config import ConfigProblems
 from jaxseg.experiment import build
-from jaxseg.experiment.members import member_weights
+from jaxseg.experiment.members import learning_rates_of, member_weights
 from jaxseg.experiment.segmented import segment_set, together
 from jaxseg.experiment.setup import Run
 from jaxseg.run.log import SilentLog
@@ -68,8 +68,7 @@ class Timed:
         self._config, self._layout = run.config, run.layout
         self._stretches, self._clock = list(stretches), clock
         self._schedule = build.schedule_of(run.config)
-        rates = [np.float32(member.learning_rate) for member in run.members]
-        self._base = np.stack(rates) if len(rates) > 1 else rates[0]
+        self._base = learning_rates_of(run.members)
         self._now: tuple[Stretch, np.ndarray] | None = None
         self.most_steps = np.iinfo(np.int32).max // run.config.train.batch_size
 

@@ -1,9 +1,11 @@
 """The networks that one run trains together: what tells them apart, and one of them alone."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxseg.training.state import TrainState
@@ -42,6 +44,12 @@ def members_of(config: ConfigDict) -> tuple[Member, ...]:
     return tuple(
         Member(seed + index, fold, rate) for rate in rates for index in range(config.ensemble.size)
     )
+
+
+def learning_rates_of(members: Sequence[Member]) -> np.ndarray:
+    """The highest learning rate of each member, [M] float32; [] of a single one."""
+    rates = np.array([member.learning_rate for member in members], np.float32)
+    return rates if len(members) > 1 else rates[0]
 
 
 def member_weights(state: TrainState, num_members: int) -> dict[str, Any]:
