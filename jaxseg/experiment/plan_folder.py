@@ -9,6 +9,7 @@ import numpy as np
 from jaxseg import config_checks
 from jaxseg.config import ConfigProblems, flatten
 from jaxseg.config_planned import PLANNED, open_config
+from jaxseg.data.formats.registry import is_volume
 from jaxseg.experiment import build
 from jaxseg.experiment.fitting import Fitted, fit_to_memory
 from jaxseg.experiment.gather import Found, find_data
@@ -95,7 +96,8 @@ def _config_of(directory, preset, configuration, settings):
 
 def _about_data(found: Found, channel_names: Sequence[str]) -> Iterator[list[str]]:
     measures = [found.survey[case_id].measures for case_id in found.planned]
-    yield [f"what {len(measures)} training cases are like", *_grid_lines(measures)]
+    unit = "mm" if is_volume(found.dataset.cases[0].image_path) else "pixels"
+    yield [f"what {len(measures)} training cases are like", *_grid_lines(measures, unit)]
     rows = [(name, pooled(measures, channel)) for channel, name in enumerate(channel_names)]
     yield [
         "intensities of the foreground",
@@ -104,16 +106,17 @@ def _about_data(found: Found, channel_names: Sequence[str]) -> Iterator[list[str
             [(name, *(f"{known[key]:.4g}" for key in _POOLED)) for name, known in rows if known],
         ),
     ]
-    yield ["structures, medians of the cases that have them", *_structure_lines(found, measures)]
+    structures = _structure_lines(found, measures, unit)
+    yield ["structures, medians of the cases that have them", *structures]
 
 
 _POOLED = ("mean", "std", "min", "percentile_00_5", "median", "percentile_99_5", "max")
 
 
-def _grid_lines(measures: Sequence[CaseMeasures]) -> list[str]:
+def _grid_lines(measures: Sequence[CaseMeasures], unit: str) -> list[str]:
     rows = []
     for name, values in (
-        ("spacing (mm)", [case.spacing_mm for case in measures]),
+        (f"spacing ({unit})", [case.spacing_mm for case in measures]),
         ("voxels", [case.shape for case in measures]),
         ("cropped to what is not 0", [case.cropped_shape for case in measures]),
     ):
@@ -122,7 +125,7 @@ def _grid_lines(measures: Sequence[CaseMeasures]) -> list[str]:
     return _table(("", "lowest", "median", "highest"), rows)
 
 
-def _structure_lines(found: Found, measures: Sequence[CaseMeasures]) -> list[str]:
+def _structure_lines(found: Found, measures: Sequence[CaseMeasures], unit: str) -> list[str]:
     rows = []
     for index, name in enumerate(found.dataset.class_names[1:]):
         there = [
@@ -139,7 +142,9 @@ def _structure_lines(found: Found, measures: Sequence[CaseMeasures]) -> list[str
         chord = np.median([of.chord_mm for of, _ in there], axis=0)
         size, across = (" x ".join(f"{mm:.3g}" for mm in of) for of in (extent, chord))
         rows.append((name, str(len(there)), f"{volume:.4g}", size, across, f"{pieces:.3g}"))
-    return _table(("class", "cases", "ml", "extent (mm)", "through it (mm)", "pieces"), rows)
+    volume_of = "ml" if unit == "mm" else "1000 pixels"
+    extents = f"extent ({unit})", f"through it ({unit})"
+    return _table(("class", "cases", volume_of, *extents, "pieces"), rows)
 
 
 def _about_configurations(planned: Planned) -> Iterator[list[str]]:

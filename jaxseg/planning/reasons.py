@@ -46,7 +46,7 @@ def reasons_of(
     sides: dict[str, Any] = {"left_right": left_right, "is_scan": is_scan}
     values = recipe_of(made, preset_name, **sides)
     for decision, field, value, why in (
-        *_decisions(name, made, facts, preset_name, own),
+        *_decisions(name, made, facts, preset_name, own, "mm" if is_scan else "pixels"),
         *reasons_of_recipe(values, made, preset_name, **sides),
     ):
         if field in own and _suits(field, own[field], len(made.patch_size)):
@@ -55,12 +55,12 @@ def reasons_of(
             yield decision, value, why
 
 
-def _decisions(name, made, facts, preset_name, own):
+def _decisions(name, made, facts, preset_name, own, unit):
     """Yields (decision, field that would set it, value, reason) as planned."""
     yield (
         "spacing",
         "preprocess.spacing_mm",
-        f"{_by(made.spacing_mm)} mm",
+        f"{_by(made.spacing_mm)} {unit}",
         _why_spacing(name, made, facts, PRESETS[preset_name].voxels_across),
     )
     axes = "".join(_AXES[axis] for axis in made.axes)
@@ -77,7 +77,8 @@ def _decisions(name, made, facts, preset_name, own):
         "patch",
         "data.patch_size",
         f"{_by(made.patch_size)} voxels",
-        f"the largest of equal sides in mm within the budget, {_percent(shown)} of the median case"
+        f"the largest of equal sides in {unit} within the budget, {_percent(shown)} of the median "
+        "case"
         if shown < 1
         else "shows the whole median case",
     )

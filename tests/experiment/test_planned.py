@@ -258,6 +258,8 @@ def test_channels_without_a_name_have_their_number_everywhere(tmp_path):
     for number in range(3):
         assert re.search(rf"^  {number} +\d", text, re.M)  # of the table of intensities
         assert re.search(rf"^  channel {number} +zscore", text, re.M)
+    assert " mm" not in text and "(mm)" not in text and "spacing (pixels)" in text
+    assert re.search(r"^  spacing +1 x 1 pixels", text, re.M)
 
 
 def test_the_command_says_what_training_says_of_the_data(
