@@ -22,10 +22,10 @@ matplotlib.rcParams["text.parse_math"] = False  # a case or a class may be calle
 CLASS_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 OVERLAY_ALPHA = 0.7
 
-# Panels of the learning curves: the numbers drawn, and the heading.
+# Panels of the learning curves: the numbers drawn, the heading, and what they are drawn against.
 CURVES = (
-    (("loss", "val_loss"), "loss"),
-    (("val_dice",), "mean validation Dice (whole cases)"),
+    (("loss", "val_loss"), "loss", "step"),
+    (("val_dice",), "mean validation Dice (whole cases)", "minutes"),
 )
 
 # Stands for the text colour of the page that an SVG is put into.
@@ -64,30 +64,33 @@ def svg_of(draw: Callable[..., Figure], *args: Any) -> str:
 
 
 def save_learning_curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Plots loss and validation Dice over steps.
+    """Plots loss over steps, and validation Dice over minutes.
 
     Args:
       path: of the PNG.
-      rows: dicts with "step" and any of "loss", "val_loss", "val_dice".
+      rows: dicts with "step" and any of "minutes", "loss", "val_loss", "val_dice".
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, (names, title) in zip(axes, CURVES, strict=True):
-        _plot_curves(axis, rows, names, title)
+    for axis, curves in zip(axes, CURVES, strict=True):
+        _plot_curves(axis, rows, *curves)
     _save(figure, path)
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], names: Iterable[str], title: str) -> Figure:
+def draw_curves(
+    rows: Sequence[Mapping[str, Any]], names: Iterable[str], title: str, along: str = "step"
+) -> Figure:
     """Draws one panel of the learning curves.
 
     Args:
       rows: as for `save_learning_curves`.
       names: the numbers to draw.
       title: heading.
+      along: what they are drawn against, "step" where a row does not say it.
     Returns:
       Figure.
     """
     figure, axis = plt.subplots(figsize=(4.8, 3), layout="constrained")
-    _plot_curves(axis, rows, names, title)
+    _plot_curves(axis, rows, names, title, along)
     return figure
 
 
@@ -185,12 +188,13 @@ def save_contact_sheet(
     _save(figure, path)
 
 
-def _plot_curves(axis, rows, names, title):
+def _plot_curves(axis, rows, names, title, along):
+    along = along if all(along in row for row in rows) else "step"
     for name in names:
-        points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+        points = [(r[along], r[name]) for r in rows if r.get(name) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=name, marker="." * (name != "loss"))
-    axis.set(xlabel="step", title=title)
+    axis.set(xlabel=along, title=title)
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend()

@@ -110,8 +110,8 @@ def _shared_values(content):
 def _charts(content):
     """SVG elements: learning curves, then box plots."""
     curves = [
-        plots.svg_of(plots.draw_curves, content.curves, names, title)
-        for names, title in plots.CURVES
+        plots.svg_of(plots.draw_curves, content.curves, names, *how)
+        for names, *how in plots.CURVES
         if any(row.get(name) is not None for row in content.curves for name in names)
     ]
     boxes = []

@@ -99,7 +99,7 @@ def train(config: ConfigDict, begun_s: float | None = None) -> int | None:
             if not is_new:
                 config = complete_as_saved(workdir, config)
                 refuse_another_experiment(workdir, config)
-            log: Log = RunLog(workdir) if is_first else SilentLog()
+            log: Log = RunLog(workdir, begun_s) if is_first else SilentLog()
             with contextlib.closing(log):
                 return _train(config, workdir, manager, log, begun_s)
         finally:

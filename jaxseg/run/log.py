@@ -20,6 +20,7 @@ from jaxseg.run.writers import json_ready, naming, write_text
 LOG_NAME = "train.log"
 METRICS_NAME = "metrics.jsonl"
 TRACE_NAME = "trace.jsonl"
+MINUTES = "minutes"
 # What is kept of a step, in the order in which one follows from the other.
 TRACED = ("batch", "loss", "grad_norm", "params")
 
@@ -74,10 +75,12 @@ class RunLog(TerminalLog):
 
     Args:
       workdir: existing folder.
+      begun_s: on the clock of `time.monotonic`, when the command began; None for now.
     """
 
-    def __init__(self, workdir: str | Path):
+    def __init__(self, workdir: str | Path, begun_s: float | None = None):
         self._workdir = workdir
+        self._zero_s = time.monotonic() if begun_s is None else begun_s
         self._text = open(os.path.join(workdir, LOG_NAME), "a", encoding="utf-8")  # noqa: SIM115
         self._metrics = self._trace = io.StringIO()
         self._tensorboard = None
@@ -93,8 +96,10 @@ class RunLog(TerminalLog):
         Those of later steps, written before an interruption, are dropped: these steps are about to
         be done again.
         """
-        self._metrics = _open_rows(self._workdir, METRICS_NAME, read_metrics, first_step)
-        self._trace = _open_rows(self._workdir, TRACE_NAME, read_trace, first_step)
+        self._metrics, rows = _open_rows(self._workdir, METRICS_NAME, read_metrics, first_step)
+        self._trace, _ = _open_rows(self._workdir, TRACE_NAME, read_trace, first_step)
+        if rows:
+            self._zero_s -= 60 * rows[-1].get(MINUTES, 0.0)
 
     def text(self, line: str) -> None:
         """Shows a line on the terminal and appends it, with the time, to the log file."""
@@ -104,9 +109,11 @@ class RunLog(TerminalLog):
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Appends a row of numbers to the metrics file; a non-finite number becomes null.
 
-        Lists of numbers, one of each member, are not shown in TensorBoard.
+        It also says after how many minutes, of this command and of those that were stopped. Lists
+        of numbers, one of each member, are not shown in TensorBoard.
         """
-        row = {"step": step} | json_ready(values)
+        minutes = round((time.monotonic() - self._zero_s) / 60, 4)
+        row = {"step": step, MINUTES: minutes} | json_ready(values)
         self._append(self._metrics, METRICS_NAME, [json.dumps(row) + "\n"])
         if self._tensorboard is not None:
             with self._tensorboard.as_default():
@@ -232,9 +239,10 @@ def _check_numbers(row):
 
 
 def _open_rows(workdir, name, read, first_step):
-    """Opens a file of rows to append to, without those of later steps."""
+    """Opens a file of rows to append to, without those of later steps; and those it keeps."""
     path = os.path.join(workdir, name)
+    kept: list[dict[str, Any]] = []
     if os.path.exists(path):
         kept = [row for row in read(workdir) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return open(path, "a", encoding="utf-8")
+    return open(path, "a", encoding="utf-8"), kept

@@ -54,6 +54,20 @@ def test_curves_show_every_number_at_its_step(figures):
     }
     assert lines_of(dice) == {"val_dice": [[20, 0.25], [60, 0.75]]}
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["loss", "val_loss"]
+    assert [axis.get_xlabel() for axis in (loss, dice)] == ["step", "step"]
+
+
+def test_dice_is_shown_against_minutes_where_they_are_known(figures):
+    rows = [
+        {"step": 10, "minutes": 0.5, "loss": 1.0},
+        {"step": 20, "minutes": 1.5, "val_loss": 0.8, "val_dice": 0.25},
+        {"step": 60, "minutes": 3.25, "val_loss": 0.6, "val_dice": 0.75},
+    ]
+    plots.save_learning_curves("curves.png", rows)
+    loss, dice = figures[0].axes
+    assert lines_of(loss) == {"loss": [[10, 1.0]], "val_loss": [[20, 0.8], [60, 0.6]]}
+    assert lines_of(dice) == {"val_dice": [[1.5, 0.25], [3.25, 0.75]]}
+    assert [axis.get_xlabel() for axis in (loss, dice)] == ["step", "minutes"]
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "loss": 2.0}], [{"step": 1, "val_dice": None}]])

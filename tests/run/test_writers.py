@@ -52,33 +52,39 @@ def test_an_error_of_the_system_names_the_file_that_was_to_be(tmp_path, named):
     assert caught.value.filename == str(path)
 
 
-def test_numbers_are_appended_as_json_lines_at_once(open_log, tmp_path):
+def test_numbers_are_appended_as_json_lines_at_once(open_log, clock, tmp_path):
     log = open_log()
+    clock[0] += 90
     log.scalars(5, {"loss": np.float32(0.25), "count": np.int64(3)})
     log.scalars(10, {"val_dice": 0.5})
     text = (tmp_path / run_log.METRICS_NAME).read_text()  # not closed yet
-    assert text == '{"step": 5, "loss": 0.25, "count": 3}\n{"step": 10, "val_dice": 0.5}\n'
-    assert read_metrics(tmp_path)[1] == {"step": 10, "val_dice": 0.5}
+    first = '{"step": 5, "minutes": 1.5, "loss": 0.25, "count": 3}\n'
+    assert text == first + '{"step": 10, "minutes": 1.5, "val_dice": 0.5}\n'
+    assert read_metrics(tmp_path)[1] == {"step": 10, "minutes": 1.5, "val_dice": 0.5}
 
 
-def test_a_number_that_is_not_finite_becomes_null(open_log, tmp_path):
+def test_a_number_that_is_not_finite_becomes_null(open_log, clock, tmp_path):
     open_log().scalars(1, {"a": float("nan"), "b": float("inf"), "c": np.float32("-inf"), "d": 1.0})
     line = (tmp_path / run_log.METRICS_NAME).read_text()
     row = json.loads(line, parse_constant=lambda word: pytest.fail(word))
-    assert row == {"step": 1, "a": None, "b": None, "c": None, "d": 1.0}
+    assert row == {"step": 1, "minutes": 0.0, "a": None, "b": None, "c": None, "d": 1.0}
 
 
-def test_resuming_drops_the_steps_about_to_be_done_again(open_log, tmp_path):
+def test_resuming_drops_the_steps_about_to_be_done_again(open_log, clock, tmp_path):
     log = open_log()
     for step in range(1, 7):
+        clock[0] += 60
         log.scalars(step, {"loss": float(step)})
         log.scalars(step, {"val_dice": 0.1 * step})
     log.close()
+    clock[0] += 6000  # nobody works
     log = open_log(first_step=4)
+    clock[0] += 30
     log.scalars(5, {"loss": -5.0})
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3, 4, 4, 5]
-    assert rows[7] == {"step": 4, "val_dice": 0.4} and rows[8]["loss"] == -5.0
+    assert rows[7] == {"step": 4, "minutes": 4.0, "val_dice": 0.4}
+    assert rows[8] == {"step": 5, "minutes": 4.5, "loss": -5.0}
     log.close()
     open_log(first_step=0)
     assert read_metrics(tmp_path) == []
@@ -225,10 +231,10 @@ def test_numbers_of_members_are_kept_but_not_shown(open_log, clock, tmp_path, ca
     log.scalars(1, values)
     progress.close()
     assert capsys.readouterr().out == "step 1/10  loss 0.5000  8.0 images/s  ETA 00:09\n"
-    assert read_metrics(tmp_path) == [{"step": 1} | values]
+    assert read_metrics(tmp_path) == [{"step": 1, "minutes": 0.0167} | values]
 
 
-def test_before_a_run_knows_where_it_starts_no_number_is_touched(open_log, tmp_path):
+def test_before_a_run_knows_where_it_starts_no_number_is_touched(open_log, clock, tmp_path):
     log = open_log()
     log.scalars(1, {"loss": 1.0})
     log.trace([{"step": 1} | TRACED])
@@ -236,7 +242,7 @@ def test_before_a_run_knows_where_it_starts_no_number_is_touched(open_log, tmp_p
     log = RunLog(str(tmp_path))
     log.text("the data can not be read")
     log.close()
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+    assert read_metrics(tmp_path) == [{"step": 1, "minutes": 0.0, "loss": 1.0}]
     assert read_trace(tmp_path) == [{"step": 1} | TRACED]
 
 
