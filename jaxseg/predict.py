@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _define_flags(options):
     own = {"flag_values": options}
-    flags.DEFINE_list("workdir", [], "finished runs; of several, the logits are averaged", **own)
+    flags.DEFINE_list(
+        "workdir", [], "runs, also while they train; of several, the logits are averaged", **own
+    )
     flags.DEFINE_string("input", "", "an image, or a folder of images", **own)
     flags.DEFINE_string("output", "", "folder for what is made of them", **own)
     flags.DEFINE_bool("recursive", False, "take the images in subfolders too", **own)

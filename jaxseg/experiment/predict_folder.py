@@ -75,7 +75,7 @@ def predict(
     """Segments the images that are not done yet.
 
     Args:
-      workdirs: Folders of finished runs.
+      workdirs: Folders of runs; of one that has not finished the best network so far is taken.
       input_path: An image or a folder of them.
       folder: Where outputs go; made if missing.
       outputs: Names that `jaxseg.experiment.predictor.load_predictor` knows, "label" among them.
@@ -89,7 +89,9 @@ def predict(
       OSError: The folder cannot be written.
     """
     find_images(input_path, folder, outputs, recursive)  # before seconds are spent on the network
-    predictor = load_predictor(list(workdirs), mirror=mirror, outputs=tuple(outputs))
+    predictor = load_predictor(
+        list(workdirs), mirror=mirror, outputs=tuple(outputs), unfinished=True
+    )
     cases = find_images(input_path, folder, outputs, recursive, predictor.num_channels)
     os.makedirs(folder, exist_ok=True)
     records = Records(
@@ -107,6 +109,7 @@ def predict(
         open(os.path.join(folder, LOG_NAME), "a", encoding="utf-8") as log,
         tqdm(total=len(cases), initial=num_before, unit="case", disable=None) as bar,
     ):
+        _say(log, *predictor.notes)
         if others := left_out(input_path, folder, recursive):
             _say(log, f"left out, no image that can be read: {', '.join(others)}")
         for path in altered:

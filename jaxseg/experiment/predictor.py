@@ -45,6 +45,7 @@ class Predictor:
       variables: stacked weights of all members of all runs, on the devices.
       segment_fn: from `jaxseg.inference.whole_volume.create_segment_fn`.
       identity: SHA-256 of all that decides what is predicted.
+      notes: what the user should know of the runs.
     """
 
     plan: Plan
@@ -56,10 +57,15 @@ class Predictor:
     variables: Any
     segment_fn: whole_volume.SegmentFn
     identity: str
+    notes: tuple[str, ...] = ()
 
 
 def load_predictor(
-    workdirs: Sequence[str], *, mirror: bool = False, outputs: Sequence[str] = ("label",)
+    workdirs: Sequence[str],
+    *,
+    mirror: bool = False,
+    outputs: Sequence[str] = ("label",),
+    unfinished: bool = False,
 ) -> Predictor:
     """Restores what runs left behind.
 
@@ -68,6 +74,7 @@ def load_predictor(
         over learning rates, only the one that it chose is a member.
       mirror: whether to average over mirrored images too, along the axes that training mirrored.
       outputs: names of `jaxseg.inference.maps.voxel_outputs`.
+      unfinished: whether a run that has not finished will do, with the best network so far.
     Returns:
       Predictor. The temperature is the geometric mean of the runs', post-processing that of the
       first.
@@ -76,7 +83,8 @@ def load_predictor(
         not be had.
       FileProblem, CheckpointProblem: a file of a run is missing or damaged.
     """
-    runs = [_read_run(os.path.abspath(os.path.expanduser(workdir))) for workdir in workdirs]
+    folders = [os.path.abspath(os.path.expanduser(workdir)) for workdir in workdirs]
+    runs = [_read_run(folder, unfinished=unfinished) for folder in folders]
     first = runs[0]
     for run in runs[1:]:
         _refuse_other_kind(first, run)
@@ -116,6 +124,7 @@ def load_predictor(
         variables=parallel.replicate(variables),
         segment_fn=whole_volume.create_segment_fn(recipe),
         identity=_identity(recipe, steps, variables),
+        notes=tuple(run["note"] for run in runs if run["note"]),
     )
 
 
@@ -168,17 +177,23 @@ def segment(predictor: Predictor, image: np.ndarray, affine: np.ndarray) -> dict
     return outputs | {"label": label}
 
 
-def _read_run(workdir):
-    if not os.path.exists(os.path.join(workdir, FINISHED_NAME)):
+def _read_run(workdir, *, unfinished):
+    checkpoints, note = os.path.join(workdir, "checkpoints"), ""
+    has_finished = os.path.exists(os.path.join(workdir, FINISHED_NAME))
+    if not has_finished and not (unfinished and checkpoint.last_step(checkpoints)):
         raise _unfinished(workdir, f"{FINISHED_NAME} is not there")
     config, plan, data = saved_config(workdir), saved_plan(workdir), saved_data(workdir)
-    finished = read_file(
-        workdir, FINISHED_NAME, functools.partial(_choices_in, config, len(data["class_names"]))
-    )
     try:
-        variables = checkpoint.load_variables(
-            os.path.join(workdir, "checkpoints"), finished["step"]
-        )
+        if has_finished:
+            choices_in = functools.partial(_choices_in, config, len(data["class_names"]))
+            finished = read_file(workdir, FINISHED_NAME, choices_in)
+            variables = checkpoint.load_variables(checkpoints, finished["step"])
+        else:
+            finished, variables = _best_so_far(workdir, config, checkpoints)
+            note = (
+                f"{workdir} has not finished: this is its best network so far, of step "
+                f"{finished['step']}, without the post-processing and temperature chosen at its end"
+            )
     except FileNotFoundError as error:
         raise _unfinished(workdir, error) from None
     run = {
@@ -189,6 +204,7 @@ def _read_run(workdir):
         "data": data,
         "finished": finished,
         "variables": _sets_of(variables, config, finished),
+        "note": note,
     }
     _refuse_mixed_files(run)
     return run
@@ -216,6 +232,23 @@ def _refuse_mixed_files(run):
                 f"{workdir}: config.json and data.json describe another network than that whose "
                 f"weights were saved ({name} is {wanted.get(name)}, not {shape}); {mend}"
             )
+
+
+def _best_so_far(workdir, config, checkpoints):
+    """(choices, weights) of a run that may still be training."""
+    if kind_of_members(config) == "rates":
+        raise _unfinished(workdir, "which of its learning rates is best is chosen at its end")
+    step = checkpoint.step_to_use(checkpoints)
+    while True:
+        try:
+            variables = checkpoint.load_variables(checkpoints, step)
+        except (FileNotFoundError, checkpoint.CheckpointProblem):
+            # Training may just have replaced it by a better one.
+            step, before = checkpoint.step_to_use(checkpoints), step
+            if step == before:
+                raise
+            continue
+        return {"step": step, "temperature": 1.0, "postprocess": {"steps": []}}, variables
 
 
 def _unfinished(workdir, why):

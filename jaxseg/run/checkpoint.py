@@ -194,27 +194,35 @@ def digest(state: TrainState) -> str:
     return _digest_of_arrays((name, jax.device_get(named[name])) for name in sorted(named))
 
 
+def step_to_use(directory: str | Path) -> int | None:
+    """The step with the best validation Dice, or the last if none was evaluated; None if none is.
+
+    Args:
+      directory: absolute path of the checkpoints of a run, which may still add to them.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_metric)
+    with _opened(directory, options=options, item_names=ITEMS) as manager:
+        best = manager.best_step()
+        return manager.latest_step() if best is None else best
+
+
 def load_variables(directory: str | Path, step: int | None = None) -> dict[str, Any]:
     """Reads the weights of a run of which nothing else is known, on whatever devices it was.
 
     Args:
       directory: absolute path of its checkpoints; not written to.
-      step: which one; None for that with the best validation Dice, or the last if none was
-        evaluated.
+      step: which one; None for that of `step_to_use`.
     Returns:
       {"params", "batch_stats"}: nested dicts of NumPy arrays.
     Raises:
       FileNotFoundError: there is no such checkpoint.
       CheckpointProblem: it is damaged.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_metric)
+    step = step_to_use(directory) if step is None else step
+    options = ocp.CheckpointManagerOptions(read_only=True)
     handlers = {name: ocp.JsonCheckpointHandler() for name in ITEMS if name != "state"}
     handlers["state"] = ocp.PyTreeCheckpointHandler()
     with _opened(directory, options=options, item_handlers=handlers) as manager:
-        if step is None:
-            step = manager.best_step()
-        if step is None:
-            step = manager.latest_step()
         if step not in manager.all_steps():
             raise FileNotFoundError(f"no checkpoint of step {step} in {directory}")
         folder = manager.directory / str(step)

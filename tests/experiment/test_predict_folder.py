@@ -31,6 +31,7 @@ def fake(monkeypatch):
         label_values=VALUES,
         num_channels=1,
         identity="one",
+        notes=("run has not finished",),
         config=None,
         steps=[],
         plan=types.SimpleNamespace(spacing_from="pixdim"),
@@ -38,7 +39,8 @@ def fake(monkeypatch):
     )
     fake.seen, fake.loaded, fake.act = [], [], lambda image: None
 
-    def load(workdirs, *, mirror=False, outputs=("label",)):
+    def load(workdirs, *, mirror=False, outputs=("label",), unfinished=False):
+        assert unfinished  # whoever predicts may do so before training is over
         fake.loaded.append((workdirs, mirror, outputs))
         fake.outputs = outputs
         return fake
@@ -237,7 +239,7 @@ def test_goes_on_after_bad_files_and_names_them(fake, tmp_path, capsys):
     assert "channels: failed: the image has 2 channels" in shown.err
     assert "case2: failed: ZeroDivisionError: oops" in shown.err
     assert "bright: unlike the training set: it is very bright" in shown.err
-    assert "Traceback" not in shown.err
+    assert "Traceback" not in shown.err and "run has not finished\n" in shown.err
     assert shown.err.endswith("these failed:\n- case1\n- case2\n- channels\n")
     assert "Traceback" in (tmp_path / "out" / "predict.log").read_text()
     written = sorted(name for name in os.listdir(folder) if name.endswith(".nii.gz"))

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 
+import jax
 import nibabel
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from jaxseg.data.labels import read_label
 from jaxseg.experiment import predictor
 from jaxseg.experiment.predictor import PredictorProblem, load_predictor
 from jaxseg.problem import FileProblem, Problem
+from jaxseg.run import checkpoint
 
 
 def test_predicts_what_training_evaluated(finished_run):
@@ -137,6 +139,40 @@ def test_an_unusable_run_is_named(finished_run, tmp_path, change, words):
     with pytest.raises(Problem, match=words) as caught:
         load_predictor([str(tmp_path / "run")])
     assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_a_run_that_still_trains_predicts_with_its_best_network_so_far(
+    finished_run, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run[0], run)
+    (run / "predictor.json").unlink()
+    checkpoints = str(run / "checkpoints")
+    best = checkpoint.step_to_use(checkpoints)
+    restored = load_predictor([str(run)], unfinished=True)
+    assert restored.steps == [] and restored.recipe.temperature == 1.0
+    (note,) = restored.notes
+    assert note.startswith(f"{run} has not finished") and f"of step {best}," in note
+    weights = checkpoint.load_variables(checkpoints, best)
+    jax.tree.map(
+        lambda ours, saved: np.testing.assert_array_equal(ours[0], saved),
+        jax.device_get(restored.variables),
+        weights,
+    )
+    assert load_predictor([str(finished_run[0])], unfinished=True).notes == ()
+
+    def replaced(directory, step):  # while it was read
+        monkeypatch.undo()
+        assert step == 7
+        raise FileNotFoundError("no checkpoint of step 7")
+
+    monkeypatch.setattr(checkpoint, "step_to_use", lambda directory: 7)
+    monkeypatch.setattr(checkpoint, "load_variables", replaced)
+    again = load_predictor([str(run)], unfinished=True)
+    assert again.identity == restored.identity
+    shutil.rmtree(checkpoints)
+    with pytest.raises(PredictorProblem, match="holds no finished run"):
+        load_predictor([str(run)], unfinished=True)
 
 
 def test_a_file_is_brought_back_from_where_the_message_says(finished_run, tmp_path):

@@ -115,6 +115,19 @@ def test_a_step_that_was_not_evaluated_is_saved_but_never_the_best(reopen):
     assert reopen().best_step() == 2
 
 
+def test_to_use_is_the_best_that_was_evaluated_or_the_last_while_training_goes_on(
+    reopen, directory
+):
+    assert checkpoint.step_to_use(directory) is None
+    manager = reopen()
+    for step, val_dice, wanted in ((1, None, 1), (2, None, 2), (3, 0.5, 3), (4, 0.4, 3)):
+        save(manager, step, val_dice)
+        assert checkpoint.step_to_use(directory) == wanted
+    save(manager, 5)
+    weights = checkpoint.load_variables(directory)
+    assert_equal(weights["params"], jax.device_get(make_state(3).params))
+
+
 def test_an_undefined_dice_is_never_better_than_a_number(reopen):
     manager = reopen(keep=1)
     save(manager, 1, float("nan"))
