@@ -221,7 +221,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.head": ("32s", "16s", "8s"),
     "model.upsample": ("learned", "fixed"),
     "loss.name": ("cross_entropy", "soft_dice", "dice_cross_entropy", "focal", "tversky"),
-    "optim.name": ("sgd", "adamw"),
+    "optim.name": ("sgd", "adamw", "muon"),
     "optim.schedule": ("constant", "polynomial", "cosine"),
     "parallel.mode": ("pmap", "shard_map"),
     "ensemble.by": ("map", "vmap"),

@@ -1,5 +1,6 @@
 """Learning-rate schedules and optimisers, as optax transformations."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,8 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from jaxseg.problem import Problem
+
+# Root mean square of AdamW's updates, for a learning rate of 1 (Liu et al. 2025).
+_ADAMW_RMS = 0.2
 
 
 class GroupProblem(Problem, ValueError):
@@ -53,8 +58,9 @@ def create_optimizer(
     """Gradient transformation: clip, decay weights, step.
 
     Args:
-      name: "sgd" (Nesterov momentum; decay is added to the gradient) or "adamw" (decoupled decay,
-        Loshchilov and Hutter 2019).
+      name: "sgd" (Nesterov momentum; decay is added to the gradient), "adamw" (decoupled decay,
+        Loshchilov and Hutter 2019) or "muon" (the same, but kernels move by their momentum made
+        orthogonal, as matrices of all inputs of a channel by channels; Jordan et al. 2024).
       schedule: function from step to learning rate.
       weight_decay: of convolution kernels alone; biases and normalisation are never decayed.
       momentum: of "sgd".
@@ -70,12 +76,12 @@ def create_optimizer(
     """
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=_is_kernel)
-    if name == "adamw":
-        moments = optax.scale_by_adam()
+    if name in ("adamw", "muon"):
+        moments = optax.scale_by_adam() if name == "adamw" else _muon_or_adam()
         if groups:
             moments = _from_first_steps(moments, groups)
-        adamw = optax.chain(moments, decay, optax.scale_by_learning_rate(schedule))
-        tx = optax.chain(clip, adamw)
+        moved = optax.chain(moments, decay, optax.scale_by_learning_rate(schedule))
+        tx = optax.chain(clip, moved)
     else:
         tx = optax.chain(clip, decay, optax.sgd(schedule, momentum=momentum, nesterov=True))
     return _in_groups(tx, groups) if groups else tx
@@ -83,6 +89,25 @@ def create_optimizer(
 
 def _is_kernel(params):
     return jax.tree.map(lambda param: param.ndim > 1, params)
+
+
+def _muon_or_adam():
+    """Muon for kernels, with updates as large as Adam's, which is for biases and normalisation."""
+
+    def as_matrices(kernels):
+        return jax.tree.map(
+            lambda x: contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,)), kernels
+        )
+
+    def as_large(update, kernel):
+        longer_side = max(math.prod(update.shape[:-1]), update.shape[-1])
+        return _ADAMW_RMS * math.sqrt(longer_side) * update
+
+    muon = optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=as_matrices),
+        optax.stateless_with_tree_map(as_large),
+    )
+    return optax.partition({True: muon, False: optax.scale_by_adam()}, _is_kernel)
 
 
 # Not annotated in the body: `count`, whose name is in checkpoints, is a method of tuples too.

@@ -95,6 +95,30 @@ def adamw_in_numpy(params, steps, schedule, weight_decay, clip_norm, b1=0.9, b2=
     return params
 
 
+def muon_in_numpy(params, steps, schedule, weight_decay, clip_norm, beta=0.95):
+    """Kernels by their singular values, which Newton and Schulz's iteration moves one by one."""
+    others = {name: param for name, param in params.items() if name != "kernel"}
+    clipped = [clip(grads, clip_norm) for grads in steps]
+    without = [{name: grads[name] for name in others} for grads in clipped]
+    after = adamw_in_numpy(others, without, schedule, weight_decay, np.inf)
+    if "kernel" not in params:
+        return after
+    kernel, mean = params["kernel"], 0.0
+    for count, grads in enumerate(clipped, start=1):
+        grad = grads["kernel"]
+        mean = beta * mean + (1 - beta) * grad
+        ahead = beta * mean / (1 - beta ** (count + 1)) + (1 - beta) * grad / (1 - beta**count)
+        matrix = ahead.reshape(-1, ahead.shape[-1])
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        values = values / np.sqrt(np.sum(values**2))
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        orthogonal = ((left * values) @ right).reshape(kernel.shape)
+        update = 0.2 * math.sqrt(max(matrix.shape)) * orthogonal + weight_decay * kernel
+        kernel = kernel - schedule[count - 1] * update
+    return after | {"kernel": kernel}
+
+
 # XLA's own choice, which conftest gives up: here every bit counts, those of tiny numbers too.
 AS_FOR_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
@@ -137,9 +161,29 @@ def test_adamw_decays_apart_from_the_gradient():
     assert_close(run(tx, params, steps), adamw_in_numpy(params, steps, values, 0.3, 1.0))
 
 
+def test_muon_makes_the_momentum_of_kernels_orthogonal_and_leaves_the_rest_to_adam():
+    params, steps = longer_example()
+    schedule = create_schedule("polynomial", learning_rate=LEARNING_RATE, num_steps=10)
+    values = [LEARNING_RATE * (1 - count / 10) ** 0.9 for count in range(5)]
+    tx = create_optimizer("muon", schedule, weight_decay=0.3, clip_norm=1.0)
+    after = run(tx, params, steps)
+    assert_close(after, muon_in_numpy(params, steps, values, 0.3, 1.0))
+
+
+def test_updates_of_muon_are_as_large_as_those_of_adamw():
+    rng = np.random.default_rng(0)
+    for shape in ((3, 3, 3, 16, 32), (2, 2, 64, 8), (1, 1, 4, 48)):
+        params = {"kernel": np.zeros(shape, np.float32)}
+        grads = {"kernel": rng.normal(size=shape)}
+        after = run(create_optimizer("muon", lambda _: 1.0), params, [grads])
+        # The iteration leaves singular values between 0.7 and 1.2.
+        assert np.sqrt(np.mean(after["kernel"] ** 2)) == pytest.approx(0.2, rel=0.2)
+
+
 # Nesterov's first step is 1 + momentum times the gradient, and so is its decay.
 @pytest.mark.parametrize(
-    ("name", "factor"), [("sgd", 1 - 0.5 * 0.1 * 1.9), ("adamw", 1 - 0.5 * 0.1)]
+    ("name", "factor"),
+    [("sgd", 1 - 0.5 * 0.1 * 1.9), ("adamw", 1 - 0.5 * 0.1), ("muon", 1 - 0.5 * 0.1)],
 )
 def test_without_gradient_kernels_decay_and_all_else_stays(name, factor):
     params, _ = example()
@@ -199,7 +243,7 @@ def in_groups_in_numpy(params, steps, reference):
     return bias | moved | {"scale": params["scale"]}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_groups_scale_freeze_and_unfreeze(name):
     params, steps = longer_example()
     rates = [LEARNING_RATE * (1 - count / 10) ** 0.9 for count in range(5)]
@@ -210,7 +254,8 @@ def test_groups_scale_freeze_and_unfreeze(name):
         values = [rate * (0.5 if "kernel" in params else 1.0) for rate in rates[first_step:]]
         if name == "sgd":
             return nesterov_in_numpy(params, steps, values, 0.3, 0.9, np.inf)
-        return adamw_in_numpy(params, steps, values, 0.3, np.inf)
+        in_numpy = adamw_in_numpy if name == "adamw" else muon_in_numpy
+        return in_numpy(params, steps, values, 0.3, np.inf)
 
     tx = create_optimizer(
         name, schedule, weight_decay=0.3, momentum=0.9, clip_norm=1.0, groups=groups
@@ -219,7 +264,7 @@ def test_groups_scale_freeze_and_unfreeze(name):
     assert_close(after, in_groups_in_numpy(params, steps, reference))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_what_is_frozen_stays_to_the_bit_whatever_its_gradient(name):
     params = {"encoder": {"kernel": np.float32([[-0.0, 0.0, 1e-40, 0.1]])}, "head": np.ones(2)}
     params = jax.tree.map(np.float32, params)
