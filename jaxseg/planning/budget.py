@@ -48,7 +48,7 @@ PRESETS = {
     "resenc_xl": Preset(Style(residual=True), {2: 560e6, 3: 3600e6}, 40),
     # Ours, for a machine without accelerator: a step takes some 0.3 s on two cores.
     "compact": Preset(
-        Style(first_features=16, half_in_3d=True, max_features_2d=256, max_features_3d=128),
+        Style(first_features=16, half_in_3d=True, max_features_2d=128, max_features_3d=128),
         {2: 0.9e6, 3: 6e6},
         gib=None,
         most_of_dataset=0.05,

@@ -22,8 +22,9 @@ _LONG_RUN = {
     "optim.weight_decay": 3e-5,
 }
 _SHORT_RUN = {
-    axes: {"optim.name": "adamw", "optim.learning_rate": rate, "optim.weight_decay": 1e-2}
-    for axes, rate in ((2, 2e-3), (3, 8e-3))
+    "optim.name": "muon",
+    "optim.learning_rate": 3e-2,
+    "optim.weight_decay": 1e-2,
 }
 
 
@@ -60,7 +61,7 @@ def recipe_of(
         "augment.low_resolution.channel_prob": 0.5,
         "data.foreground_by_place": True,
         "data.foreground_fraction": AROUND_STRUCTURES if is_short and len(patch) == 3 else 0.33,
-        **(_SHORT_RUN[len(patch)] if is_short else _LONG_RUN),
+        **(_SHORT_RUN if is_short else _LONG_RUN),
     }
 
 

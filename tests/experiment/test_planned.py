@@ -67,7 +67,7 @@ def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
     assert complete.augment.rotation.range_deg == (-30.0, 30.0)
     assert (complete.preprocess.crop, complete.preprocess.image_order) == (True, 3)
     assert complete.preprocess.normalisation == "zscore"
-    assert (complete.optim.name, complete.optim.learning_rate) == ("adamw", 8e-3)
+    assert (complete.optim.name, complete.optim.learning_rate) == ("muon", 3e-2)
     assert complete.data.foreground_by_place and complete.augment.blur.channel_prob == 0.5
     assert config_lib.to_json(config_lib.from_json(config_lib.to_json(complete)))
     text = "\n".join(lines)
