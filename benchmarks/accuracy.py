@@ -63,14 +63,16 @@ CASES = {
 
 def main():
     options = parsed()
+    measure_all(options, options.configs, measure)
+
+
+def measure_all(options, configs, measure):
+    """Prints and keeps a row of each dataset, budget, config and seed that has none yet."""
     kept = pathlib.Path(options.kept) if options.kept else None
     done = read_rows(kept)
-    names, minutes, configs, seeds = (
-        values.split(",")
-        for values in (options.only, options.minutes, options.configs, options.seeds)
-    )
-    for name, budget, kind, seed in itertools.product(names, minutes, configs, seeds):
-        asked = {"data": name, "config": kind, "seed": int(seed), "minutes": float(budget)}
+    asked_for = (options.only, options.minutes, configs, options.seeds)
+    for name, minutes, kind, seed in itertools.product(*(some.split(",") for some in asked_for)):
+        asked = {"data": name, "config": kind, "seed": int(seed), "minutes": float(minutes)}
         if any(asked.items() <= row.items() for row in done):
             continue
         row = asked | measure(CASES[name], asked, options)
