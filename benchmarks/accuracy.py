@@ -62,7 +62,9 @@ CASES = {
 
 
 def main():
-    options = parsed()
+    parser = parser_for(__doc__, CASES)
+    parser.add_argument("--configs", default="auto,hand")
+    options = parser.parse_args()
     measure_all(options, options.configs, measure)
 
 
@@ -82,16 +84,16 @@ def measure_all(options, configs, measure):
                 file.write(json.dumps(row) + "\n")
 
 
-def parsed():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parser_for(text, names):
+    """What every benchmark of budgets is told; its first line says which it is."""
+    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
     parser.add_argument("--data", required=True, help="folder of the folders")
     parser.add_argument("--minutes", default="10", help="that a command has")
-    parser.add_argument("--only", default=",".join(CASES), help="datasets")
-    parser.add_argument("--configs", default="auto,hand")
+    parser.add_argument("--only", default=",".join(names), help="datasets")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--kept", default="", help="file for the lines")
     parser.add_argument("--cache", default="~/.cache/jaxseg", help="of prepared cases")
-    return parser.parse_args()
+    return parser
 
 
 def read_rows(kept):
@@ -115,17 +117,23 @@ def measure(case, asked, options):
         wall_min = (time.perf_counter() - start) / 60
         workdir = pathlib.Path(folder)
         scores = next(iter(workdir.glob("test.json")), workdir / "val.json")
-        content = json.loads(scores.read_text())
+        dice = dice_in(scores)
         steps = json.loads((workdir / "pace.jsonl").read_text().splitlines()[-1])
-    dice = content["summary"]["dice"]["mean"][1:]
     return {
         "file": f"configs/{config}.py",
         "steps": steps["step"] + steps["num_steps"],
         "wall_min": wall_min,
         "set": scores.stem,
-        "mean_dice": content["mean_dice"],
-        "dice": dict(zip(content["class_names"][1:], dice, strict=True)),
+        **dice,
     }
+
+
+def dice_in(scores):
+    """Mean Dice in a file of scores, and that of each class."""
+    content = json.loads(scores.read_text())
+    dice = content["summary"]["dice"]["mean"][1:]
+    names = content["class_names"][1:]
+    return {"mean_dice": content["mean_dice"], "dice": dict(zip(names, dice, strict=True))}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each line is printed as soon as it is known; with --kept=FILE they are appended 
 what it has already is not done again.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -26,19 +25,10 @@ TASKS = {
 
 
 def main():
-    accuracy.measure_all(parsed(), "auto,monai", measure)
-
-
-def parsed():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of the folders")
+    parser = accuracy.parser_for(__doc__, TASKS)
     parser.add_argument("--monai", default=sys.executable, help="python that has MONAI")
-    parser.add_argument("--only", default=",".join(TASKS), help="datasets")
-    parser.add_argument("--minutes", default="10,30", help="that a command has")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--kept", default="", help="file for the lines")
-    parser.add_argument("--cache", default="~/.cache/jaxseg", help="of our prepared cases")
-    return parser.parse_args()
+    parser.set_defaults(minutes="10,30", seeds="0,1,2")
+    accuracy.measure_all(parser.parse_args(), "auto,monai", measure)
 
 
 def measure(case, asked, options):
@@ -94,10 +84,7 @@ def scored(predictions, references, output):
     command = [sys.executable, "-m", "jaxseg.evaluate", f"--predictions={predictions}"]
     command += [f"--references={references}", f"--output={output}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    content = json.loads((output / "evaluation.json").read_text())
-    dice = content["summary"]["dice"]["mean"][1:]
-    names = content["class_names"][1:]
-    return {"mean_dice": content["mean_dice"], "dice": dict(zip(names, dice, strict=True))}
+    return accuracy.dice_in(output / "evaluation.json")
 
 
 if __name__ == "__main__":

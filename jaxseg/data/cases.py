@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from jaxseg.data.formats.registry import is_volume
 from jaxseg.data.label_values import LabelCoding, class_problems
 from jaxseg.problem import Problem, name_problems, printable
 
@@ -71,6 +72,11 @@ class Dataset:
     notes: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
     spacing_from: str = "pixdim"
+
+    @property
+    def has_volumes(self) -> bool:
+        """Whether its cases are scans, which have a place in the world, and not pictures."""
+        return is_volume(self.cases[0].image_path)
 
     def channel_names(self, num_channels: int) -> tuple[str, ...]:
         """The modalities or, where the dataset does not say, the numbers of the channels."""

@@ -7,7 +7,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxseg.data.cases import Dataset
-from jaxseg.data.formats.registry import is_volume
 from jaxseg.data.preprocess import Plan
 from jaxseg.data.verify import CaseFacts
 
@@ -31,7 +30,7 @@ def about_axes(
     Returns:
       Iterator of sentences.
     """
-    is_picture = not is_volume(dataset.cases[0].image_path)
+    is_picture = not dataset.has_volumes
     if len(config.data.patch_size) == 2 and not is_picture:
         across = plan.axes[2]
         spacing = " x ".join(f"{mm:.4g}" for mm in np.median([f.spacing_mm for f in facts], axis=0))
@@ -55,7 +54,7 @@ def about_axes(
 
 def left_right_of(dataset: Dataset, axes: Sequence[int]) -> int:
     """The axis of a grid along which left and right lie; of pictures their columns."""
-    return tuple(axes).index(0) if is_volume(dataset.cases[0].image_path) else 1
+    return tuple(axes).index(0) if dataset.has_volumes else 1
 
 
 def names_a_side(class_name: str) -> bool:

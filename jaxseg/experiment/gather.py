@@ -12,7 +12,6 @@ from jaxseg import parallel
 from jaxseg.config import ConfigProblems
 from jaxseg.data import cases, demo, prepared, splits
 from jaxseg.data.builder import CaseStore
-from jaxseg.data.formats.registry import is_volume
 from jaxseg.data.label_values import LabelCoding
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.layouts.find import find_dataset as find_layout
@@ -137,7 +136,7 @@ def prepare_data(
 ) -> Data:
     """Prepares a dataset that was found, or finds it prepared; as `load_data`."""
     dataset, survey = found.dataset, found.survey
-    if len(config.data.patch_size) == 3 and not is_volume(dataset.cases[0].image_path):
+    if len(config.data.patch_size) == 3 and not dataset.has_volumes:
         raise ConfigProblems(["the data are pictures: data.patch_size must have 2 entries"])
     store, plan = prepared.prepare(
         dataset,

@@ -9,7 +9,6 @@ import numpy as np
 from jaxseg import config_checks
 from jaxseg.config import ConfigProblems, flatten
 from jaxseg.config_planned import PLANNED, open_config
-from jaxseg.data.formats.registry import is_volume
 from jaxseg.experiment import build
 from jaxseg.experiment.fitting import Fitted, fit_to_memory
 from jaxseg.experiment.gather import Found, find_data
@@ -96,7 +95,7 @@ def _config_of(directory, preset, configuration, settings):
 
 def _about_data(found: Found, channel_names: Sequence[str]) -> Iterator[list[str]]:
     measures = [found.survey[case_id].measures for case_id in found.planned]
-    unit = "mm" if is_volume(found.dataset.cases[0].image_path) else "pixels"
+    unit = "mm" if found.dataset.has_volumes else "pixels"
     yield [f"what {len(measures)} training cases are like", *_grid_lines(measures, unit)]
     rows = [(name, pooled(measures, channel)) for channel, name in enumerate(channel_names)]
     yield [

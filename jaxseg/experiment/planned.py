@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from jaxseg.config import ConfigProblems, flatten
 from jaxseg.config_planned import PLANNED
 from jaxseg.data.cases import Dataset
-from jaxseg.data.formats.registry import is_volume
 from jaxseg.experiment.advice import left_right_of, names_a_side
 from jaxseg.experiment.gather import Found
 from jaxseg.planning.budget import Wishes
@@ -53,7 +52,7 @@ class Planned:
         axes = self.configurations[name].axes
         return {
             "left_right": left_right_of(self.dataset, axes) if sided else None,
-            "is_scan": is_volume(self.dataset.cases[0].image_path),
+            "is_scan": self.dataset.has_volumes,
         }
 
     @property

@@ -240,15 +240,14 @@ def _best_so_far(workdir, config, checkpoints):
         raise _unfinished(workdir, "which of its learning rates is best is chosen at its end")
     step = checkpoint.step_to_use(checkpoints)
     while True:
+        choices: dict[str, Any] = {"step": step, "temperature": 1.0, "postprocess": {"steps": []}}
         try:
-            variables = checkpoint.load_variables(checkpoints, step)
+            return choices, checkpoint.load_variables(checkpoints, step)
         except (FileNotFoundError, checkpoint.CheckpointProblem):
             # Training may just have replaced it by a better one.
             step, before = checkpoint.step_to_use(checkpoints), step
             if step == before:
                 raise
-            continue
-        return {"step": step, "temperature": 1.0, "postprocess": {"steps": []}}, variables
 
 
 def _unfinished(workdir, why):
