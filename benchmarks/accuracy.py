@@ -62,17 +62,14 @@ CASES = {
 
 
 def main():
-    parser = parser_for(__doc__, CASES)
-    parser.add_argument("--configs", default="auto,hand")
-    options = parser.parse_args()
-    measure_all(options, options.configs, measure)
+    measure_all(parser_for(__doc__, CASES, "auto,hand").parse_args(), measure)
 
 
-def measure_all(options, configs, measure):
+def measure_all(options, measure):
     """Prints and keeps a row of each dataset, budget, config and seed that has none yet."""
     kept = pathlib.Path(options.kept) if options.kept else None
     done = read_rows(kept)
-    asked_for = (options.only, options.minutes, configs, options.seeds)
+    asked_for = (options.only, options.minutes, options.configs, options.seeds)
     for name, minutes, kind, seed in itertools.product(*(some.split(",") for some in asked_for)):
         asked = {"data": name, "config": kind, "seed": int(seed), "minutes": float(minutes)}
         if any(asked.items() <= row.items() for row in done):
@@ -84,12 +81,13 @@ def measure_all(options, configs, measure):
                 file.write(json.dumps(row) + "\n")
 
 
-def parser_for(text, names):
+def parser_for(text, names, configs):
     """What every benchmark of budgets is told; its first line says which it is."""
     parser = argparse.ArgumentParser(description=text.partition("\n")[0])
     parser.add_argument("--data", required=True, help="folder of the folders")
     parser.add_argument("--minutes", default="10", help="that a command has")
     parser.add_argument("--only", default=",".join(names), help="datasets")
+    parser.add_argument("--configs", default=configs)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--kept", default="", help="file for the lines")
     parser.add_argument("--cache", default="~/.cache/jaxseg", help="of prepared cases")

@@ -25,10 +25,10 @@ TASKS = {
 
 
 def main():
-    parser = accuracy.parser_for(__doc__, TASKS)
+    parser = accuracy.parser_for(__doc__, TASKS, "auto,monai")
     parser.add_argument("--monai", default=sys.executable, help="python that has MONAI")
     parser.set_defaults(minutes="10,30", seeds="0,1,2")
-    accuracy.measure_all(parser.parse_args(), "auto,monai", measure)
+    accuracy.measure_all(parser.parse_args(), measure)
 
 
 def measure(case, asked, options):

@@ -1,22 +1,20 @@
 """What makes a config valid: every problem, in words, before data or devices are touched."""
 
-import difflib
 import math
-import re
 
 from ml_collections import ConfigDict
 
-from jaxseg.config import (
-    MODEL_DEFAULTS,
-    NOT_NEGATIVE,
-    PER_CHANNEL,
-    POSITIVE,
-    PUBLISHED_DEPTHS,
-    WHOLE,
-    ConfigProblems,
-    choices_of,
-    flatten,
+from jaxseg.config import ConfigProblems, flatten
+from jaxseg.config_checks_fields import (
+    choice_problems,
+    entries,
+    is_number,
+    kind_problems,
+    regex_problems,
+    sign_problems,
 )
+from jaxseg.config_checks_models import model_problems
+from jaxseg.config_fields import PUBLISHED_DEPTHS
 from jaxseg.config_planned import undecided, with_stand_ins
 
 
@@ -43,10 +41,10 @@ def validate(config: ConfigDict) -> None:
 def _problems_of(config):
     fields = flatten(config)
     return [
-        *_choice_problems(config.model.name, fields),
-        *_model_problems(config),
-        *_sign_problems(fields),
-        *(problem for name, value in fields.items() for problem in _kind_problems(name, value)),
+        *choice_problems(config.model.name, fields),
+        *model_problems(config),
+        *sign_problems(fields),
+        *(problem for name, value in fields.items() for problem in kind_problems(name, value)),
         *_data_problems(config),
         *_plan_problems(config),
         *_split_problems(config),
@@ -54,68 +52,6 @@ def _problems_of(config):
         *_parallel_problems(config),
         *_ensemble_problems(config),
     ]
-
-
-def _choice_problems(model, fields):
-    return [
-        _not_a_choice(name, value, choices)
-        for name, choices in choices_of(model).items()
-        for value in (re.split(", *", fields[name]) if name in PER_CHANNEL else [fields.get(name)])
-        if name in fields and value not in choices
-    ]
-
-
-def _sign_problems(fields):
-    problems = []
-    for name in POSITIVE:
-        if not all(_is_number(v) and v > 0 for v in _entries(fields[name])):
-            problems.append(f"{name} must be positive, not {fields[name]!r}")
-    for name in NOT_NEGATIVE:
-        if not all(_is_number(v) and v >= 0 for v in _entries(fields[name])):
-            problems.append(f"{name} must not be negative, not {fields[name]!r}")
-    return problems
-
-
-def _kind_problems(name, value):
-    """What is wrong with a field of a kind that its name tells."""
-    problems = []
-    is_range = name.rpartition(".")[2].startswith("range")
-    if name in WHOLE and any(isinstance(v, float) for v in _entries(value)):
-        problems.append(f"{name} must hold whole numbers, not {value!r}")
-    is_probability = not is_range and name.endswith(("prob", "_fraction", ".dropout", ".momentum"))
-    if is_probability and not (_is_number(value) and 0 <= value <= 1):
-        problems.append(f"{name} must lie in [0, 1], not {value!r}")
-    if name in ("model.dropout", "optim.momentum") and value == 1:
-        problems.append(f"{name} must be below 1")
-    if is_range and not (len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]):
-        problems.append(f"{name} must be (lowest, highest), not {value!r}")
-    if name.endswith("_regex"):
-        problems += _regex_problems(name, value)
-    return problems
-
-
-def _entries(value):
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _not_a_choice(name, value, choices):
-    nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{name} is {value!r}, must be one of {', '.join(map(repr, choices))}{hint}"
-
-
-def _regex_problems(name, value):
-    try:
-        groups = re.compile(value).groups
-    except re.error as error:
-        return [f"{name} {value!r} is not a regular expression: {error}"]
-    if name == "split.subject_regex" and value and groups < 1:
-        return [f"{name} {value!r} needs a group (...) that holds the subject"]
-    return []
 
 
 def _data_problems(config):
@@ -188,99 +124,12 @@ def _split_problems(config):
     return problems
 
 
-def _model_problems(config):
-    model, rank = config.model, len(config.data.patch_size)
-    if model.name not in MODEL_DEFAULTS:
-        return [_not_a_choice("model.name", model.name, tuple(MODEL_DEFAULTS))]
-    if set(model) != set(MODEL_DEFAULTS[model.name]):
-        return [
-            f"model.name is {model.name!r} but the other model fields belong to another "
-            f"model: start the config from base_config({model.name!r})"
-        ]
-    problems = []
-    published = model.encoder in PUBLISHED_DEPTHS
-    depth = PUBLISHED_DEPTHS[model.encoder] if published else len(model.features)
-    if published and model.features:
-        problems.append(
-            f"model.encoder {model.encoder!r} has published channels: set model.features to ()"
-        )
-    if not published and not model.features:
-        problems.append("model.features is (): give one number per resolution, finest first")
-    if model.freeze_batch_stats and model.norm != "batch" and "resnet" not in model.encoder:
-        problems.append("model.freeze_batch_stats needs batch normalisation in the network")
-    if model.norm == "group" and any(_is_number(f) and f % 8 for f in model.features):
-        problems.append(f"model.norm 'group' needs features divisible by 8, not {model.features}")
-    if model.name == "fcn":
-        return problems + _fcn_problems(model, depth)
-    return problems + _unet_problems(model, depth, rank)
-
-
-def _fcn_problems(model, depth):
-    problems = []
-    if depth != 5:
-        problems.append(f"model.features of an FCN needs 5 entries (pool1 ... pool5), not {depth}")
-    if model.padding == "paper" and model.encoder != "vgg16":
-        problems.append("model.padding 'paper' belongs to model.encoder 'vgg16'")
-    return problems
-
-
-def _unet_problems(model, depth, rank):
-    problems = []
-    published = model.encoder in PUBLISHED_DEPTHS
-    if not model.num_convs:
-        problems.append("model.num_convs is (): give one number for all resolutions, or one each")
-    if model.decoder_convs < 1:
-        problems.append(f"model.decoder_convs must be at least 1, not {model.decoder_convs}")
-    if model.deep_supervision and depth < 4:
-        problems.append(f"model.deep_supervision needs at least 4 resolutions, not {depth}")
-    if model.down != "conv" and model.encoder != "plain":
-        problems.append(f"model.down {model.down!r} belongs to model.encoder 'plain'")
-    if model.dropout and published:
-        problems.append(
-            f"model.dropout does not reach model.encoder {model.encoder!r}: set it to 0"
-        )
-    problems += _per_resolution_problems(model, depth, rank)
-    if published and (model.kernel_sizes or model.strides):
-        problems.append(
-            f"model.encoder {model.encoder!r} has published kernels and strides: set "
-            "model.kernel_sizes and model.strides to ()"
-        )
-    if model.padding == "valid":
-        if model.encoder != "plain":
-            problems.append("model.padding 'valid' needs model.encoder 'plain'")
-        if model.deep_supervision:
-            problems.append("model.deep_supervision needs model.padding 'same'")
-    return problems
-
-
-def _per_resolution_problems(model, depth, rank):
-    problems = []
-    lengths = {"kernel_sizes": (depth,), "strides": (depth - 1, depth)}
-    if len(model.num_convs) > 1:
-        lengths["num_convs"] = (depth,)
-    for name, right in lengths.items():
-        entries = model[name]
-        if entries and len(entries) not in right:
-            problems.append(
-                f"model.{name} needs {right[0]} entries for {depth} resolutions, not {len(entries)}"
-            )
-        for entry in entries:
-            numbers = _entries(entry)
-            fits = isinstance(entry, int) or (len(numbers) == rank and name != "num_convs")
-            if not fits or not all(type(n) is int and n > 0 for n in numbers):
-                problems.append(
-                    f"model.{name} must hold whole numbers, or {rank} of them for the axes of the "
-                    f"patch, not {entry!r}"
-                )
-    return problems
-
-
 def _group_problems(entry):
     if not (
         isinstance(entry, tuple)
         and len(entry) == 3
         and isinstance(entry[0], str)
-        and _is_number(entry[1])
+        and is_number(entry[1])
         and entry[1] >= 0
         and isinstance(entry[2], int)
         and entry[2] >= 0
@@ -289,7 +138,7 @@ def _group_problems(entry):
             "optim.groups must hold (pattern, learning-rate factor, first step), for example "
             f"('encoder/.*', 0.1, 0), not {entry!r}"
         ]
-    return _regex_problems("optim.groups", entry[0])
+    return regex_problems("optim.groups", entry[0])
 
 
 def _training_problems(config):
@@ -350,6 +199,8 @@ def _space_problems(config):
     """What stands against devices that share each image."""
     problems = []
     parallel, model = config.parallel, config.model
+    if config.augment.on == "device":
+        problems.append("parallel.space splits images that are augmented: set augment.on to 'host'")
     if parallel.mode != "shard_map":
         problems.append("parallel.space needs parallel.mode 'shard_map'")
     if parallel.virtual_shards:
@@ -366,7 +217,7 @@ def _space_problems(config):
             "'same', model.up 'conv', and no model.attention",
         ]
     steps = model.strides or (2,) * (len(model.features) - 1)
-    parts = parallel.space * math.prod(_entries(step)[0] for step in steps)
+    parts = parallel.space * math.prod(entries(step)[0] for step in steps)
     if config.data.patch_size[0] % parts:
         problems.append(
             f"data.patch_size {tuple(config.data.patch_size)} must begin with a multiple of "

@@ -1,18 +1,19 @@
-"""The settings as a text for people, from the fields of `config` and the comments beside them."""
+"""The settings as a text for people, from `config_fields` and the comments beside them."""
 
 import ast
 import inspect
 import io
 import tokenize
 
-from jaxseg import config
+from jaxseg import config_fields
+from jaxseg.config import choices_of
 
 _NAME_WIDTH, _VALUE_WIDTH = 36, 26
 
 
 def reference() -> str:
     """Every field with its default, its choices and its comment, a line each or a few."""
-    source = inspect.getsource(config)
+    source = inspect.getsource(config_fields)
     comments = _comments(source)
     dicts = {
         statement.target.id: statement.value
@@ -21,13 +22,15 @@ def reference() -> str:
         and isinstance(statement.target, ast.Name)
         and isinstance(statement.value, ast.Dict)
     }
-    lines = list(_lines(dicts["FIELDS"], "", comments, config.CHOICES))
+    lines = list(_lines(dicts["FIELDS"], "", comments, config_fields.CHOICES))
     models = dicts["MODEL_DEFAULTS"]
-    for model, fields in zip(config.MODEL_DEFAULTS, models.values, strict=True):
+    for model, fields in zip(config_fields.MODEL_DEFAULTS, models.values, strict=True):
         lines += ["", f"With model.name {model!r}, from base_config({model!r}):"]
-        lines += _lines(fields, "model.", comments, config.choices_of(model))
+        lines += _lines(fields, "model.", comments, choices_of(model))
     lines += ["", "With three numbers in data.patch_size, from base_config(..., rank=3):"]
-    lines += [_aligned(name, repr(value)) for name, value in config.FIELDS_OF_VOLUMES.items()]
+    lines += [
+        _aligned(name, repr(value)) for name, value in config_fields.FIELDS_OF_VOLUMES.items()
+    ]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from jaxseg import command, config
+from jaxseg import command, config_fields
 
 NAME = "jaxseg-predict"
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     with command.one_message(NAME, interrupted=going_on):
         from jaxseg.experiment.predict_folder import predict  # JAX takes seconds to load
 
-        command.keep_compiled(config.FIELDS["compile"]["cache_dir"])
+        command.keep_compiled(config_fields.FIELDS["compile"]["cache_dir"])
         num_done, num_before, failed = predict(
             options.workdir,
             os.path.expanduser(options.input),

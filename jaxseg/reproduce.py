@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 from tqdm import tqdm
 
-from jaxseg import command, config
+from jaxseg import command, config_fields
 
 NAME = "jaxseg-reproduce"
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     with command.one_message(NAME):
         command.hide_accelerators()
-        command.keep_compiled(config.FIELDS["compile"]["cache_dir"])
+        command.keep_compiled(config_fields.FIELDS["compile"]["cache_dir"])
         from jaxseg.experiment.replay import reproduce  # needs `pip install jaxseg[train]`
 
         agrees = reproduce(os.path.expanduser(options.workdir), options.num_steps, say=_say)

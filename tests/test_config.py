@@ -7,8 +7,15 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from jaxseg import config as config_lib
-from jaxseg.config import ConfigProblems, base_config, differences, from_json, to_json
+from jaxseg import config_fields
+from jaxseg.config import (
+    ConfigProblems,
+    base_config,
+    differences,
+    from_json,
+    model_options,
+    to_json,
+)
 from jaxseg.config_checks import validate
 
 CONFIG_FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -38,7 +45,7 @@ def leaves(tree, prefix=""):
             yield prefix + name, value
 
 
-@pytest.mark.parametrize("model", config_lib.MODEL_DEFAULTS)
+@pytest.mark.parametrize("model", config_fields.MODEL_DEFAULTS)
 @pytest.mark.parametrize("rank", [2, 3])
 def test_every_default_is_valid(model, rank):
     config = base_config(model, rank)
@@ -49,8 +56,8 @@ def test_every_default_is_valid(model, rank):
 
 
 def test_every_choice_of_every_field_is_valid():
-    for model in config_lib.MODEL_DEFAULTS:
-        for name, choices in (config_lib.CHOICES | config_lib.MODEL_CHOICES[model]).items():
+    for model in config_fields.MODEL_DEFAULTS:
+        for name, choices in (config_fields.CHOICES | config_fields.MODEL_CHOICES[model]).items():
             section, field = name.split(".")
             for choice in choices:
                 config = base_config(model)
@@ -59,7 +66,7 @@ def test_every_choice_of_every_field_is_valid():
                     config.model.encoder = "vgg16"
                 if field in config[section]:
                     config[section][field] = choice
-                    if config.model.encoder in config_lib.PUBLISHED_DEPTHS:
+                    if config.model.encoder in config_fields.PUBLISHED_DEPTHS:
                         config.model.features = ()
                     validate(config)
 
@@ -134,7 +141,7 @@ def test_a_wrong_value_names_the_nearest_valid_one(name, value, nearest):
 def test_a_value_near_nothing_lists_the_choices():
     problem = problem_after(loss__name="xyz")
     assert "did you mean" not in problem
-    for choice in config_lib.CHOICES["loss.name"]:
+    for choice in config_fields.CHOICES["loss.name"]:
         assert repr(choice) in problem
 
 
@@ -317,9 +324,9 @@ def test_base_config_is_locked():
 
 
 def test_model_options_are_the_model_without_its_name():
-    options = config_lib.model_options(base_config("unet"))
+    options = model_options(base_config("unet"))
     assert options.pop("features") == (32, 64, 128, 256)
-    assert set(options) == set(config_lib.MODEL_DEFAULTS["unet"]) - {"name", "features"}
+    assert set(options) == set(config_fields.MODEL_DEFAULTS["unet"]) - {"name", "features"}
 
 
 def other_value(name, value):
@@ -340,7 +347,7 @@ def test_differences_lists_exactly_the_changed_fields_that_are_not_free():
         section, _, field = name.rpartition(".")
         setattr(config[section] if section else config, field, other_value(name, value))
         lines = differences(saved, to_json(config))
-        if name in config_lib.FREE_WHEN_RESUMING:
+        if name in config_fields.FREE_WHEN_RESUMING:
             assert lines == []
         else:
             (line,) = lines
@@ -362,7 +369,7 @@ def test_differences_gives_both_values_and_names_absent_fields():
 
 
 def test_free_fields_exist():
-    assert set(config_lib.FREE_WHEN_RESUMING) <= dict(leaves(base_config())).keys()
+    assert set(config_fields.FREE_WHEN_RESUMING) <= dict(leaves(base_config())).keys()
 
 
 def test_there_are_config_files():

@@ -1,4 +1,4 @@
-from jaxseg import config, config_reference
+from jaxseg import config_fields, config_reference
 
 
 def lines_by_field():
@@ -9,20 +9,20 @@ def lines_by_field():
 
 def test_every_field_stands_there_with_its_default():
     lines = lines_by_field()
-    for name, value in _flattened(config.FIELDS):
+    for name, value in _flattened(config_fields.FIELDS):
         assert lines[name].startswith(f"{name:<36} {value!r}"), name
     text = config_reference.reference()
-    for model, defaults in config.MODEL_DEFAULTS.items():
+    for model, defaults in config_fields.MODEL_DEFAULTS.items():
         part = text.partition(f"With model.name '{model}'")[2].partition("\nWith ")[0]
         for name, value in _flattened(defaults, "model."):
             assert f"\n{name:<36} {value!r}" in part, name
-    for name, value in config.FIELDS_OF_VOLUMES.items():
+    for name, value in config_fields.FIELDS_OF_VOLUMES.items():
         assert f"{name:<36} {value!r}" in text.partition("With three numbers")[2]
 
 
 def test_comments_and_choices_stand_beside_the_field():
     lines = lines_by_field()
-    choices = ", ".join(config.CHOICES["optim.schedule"])
+    choices = ", ".join(config_fields.CHOICES["optim.schedule"])
     assert f"one of {choices}" in lines["optim.schedule"]
     assert lines["compile.cache_dir"].endswith('where the next start finds programs; "": none')
 

@@ -17,55 +17,18 @@ import tensorflow as tf
 
 from jaxseg.data.graph_sampling import (
     apply_along_axis,
-    cubic_spline_basis,
     gaussian_matrix,
     low_resolution_matrix,
     sample_linear,
     sample_nearest,
 )
+from jaxseg.training.sampling import cubic_spline_basis
 
 fold_in = tf.random.experimental.stateless_fold_in
 split = tf.random.experimental.stateless_split
 
 Options = Mapping[str, Any]  # of one transform
 Transform = Callable[[tf.Tensor, tf.Tensor, Options], tf.Tensor]
-
-
-def region_size(patch_size: Sequence[int], params: Mapping[str, Options]) -> tuple[int, ...]:
-    """Computes the size of the region in which a warped patch still fits.
-
-    An axis tilted by an angle a reaches over cos a · P_i + sin a · |P_others| voxels, at most the
-    diagonal. This is exact in 2D. In 3D, three turns together can tilt an axis by more than the
-    largest single angle: the few corners that then leave the region come out as zeros.
-
-    Args:
-      patch_size: Voxels per axis, a tuple of 2 or 3 ints.
-      params: As in `augment`; transforms with prob 0 do not count.
-    Returns:
-      Tuple of ints, each at least the patch's and of its parity, so that their centres coincide.
-    """
-
-    def largest(name, option):
-        return np.max(np.abs(params[name][option])) if params[name]["prob"] > 0 else 0
-
-    patch = np.array(patch_size)
-
-    def moved(name, all_axes):
-        """The axes that a transform moves: all, or the first two."""
-        return slice(2 if params[name]["in_plane"] else all_axes)
-
-    reach = patch - 1 + 2 * largest("elastic", "range_magnitude_voxels")
-    turned = moved("rotation", len(patch))
-    inside = reach[turned]
-    across = np.sqrt(np.sum(inside**2) - inside**2)
-    tilt = np.minimum(np.deg2rad(largest("rotation", "range_deg")), np.arctan2(across, inside))
-    reach = reach.astype(float)
-    reach[turned] = inside * np.cos(tilt) + across * np.sin(tilt)
-    if params["scaling"]["prob"] > 0:
-        reach[moved("scaling", len(patch))] /= min(1, *params["scaling"]["range"])
-    reach = reach + 2 * largest("translation", "range_fraction") * patch
-    margin = np.ceil((reach - (patch - 1)) / 2).astype(int)
-    return tuple((patch + 2 * margin).tolist())
 
 
 def crop_centre(

@@ -1,6 +1,5 @@
 """Preprocessed cases as ArrayRecord, through TFDS: written once, read block by block."""
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -14,6 +13,7 @@ from jaxseg.data.blocked_arrays import BlockedArray, RecordCache, block_boxes, b
 from jaxseg.data.border_weights import border_weights
 from jaxseg.data.cases import Case, Dataset
 from jaxseg.data.label_values import IGNORED
+from jaxseg.data.prepared_case import PreparedCase
 from jaxseg.data.reading import read_case_image, read_case_instances, read_case_label
 from jaxseg.problem import file_problem
 
@@ -23,25 +23,6 @@ LOCATIONS_PER_CLASS = 4096
 
 # Blocks that were read are kept in memory up to this size.
 CACHE_BYTES = 4 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedCase:
-    """A case as the network sees it.
-
-    The arrays are numpy's, or read on demand: sliced by a tuple of slices, one for each axis.
-
-    Attributes:
-      image: [X, Y, Z, C] float32, normalised, RAS+ grid of the plan's spacing.
-      label: [X, Y, Z] uint8 class indices.
-      locations: for each foreground class present, [N, 3] voxels of that class.
-      weight: [X, Y, Z] float32, what each voxel counts in the loss; None means 1.
-    """
-
-    image: np.ndarray | BlockedArray
-    label: np.ndarray | BlockedArray
-    locations: tuple[np.ndarray, ...]
-    weight: np.ndarray | BlockedArray | None = None
 
 
 class CaseStore:

@@ -1,4 +1,4 @@
-"""Linear maps of images and their axes, as TensorFlow graph ops: sampling, splines, filters."""
+"""Linear maps of images and their axes, as TensorFlow graph ops: sampling and filters."""
 
 import itertools
 import math
@@ -44,19 +44,6 @@ def apply_along_axis(matrix: tf.Tensor | np.ndarray, x: tf.Tensor, axis: int) ->
     axes = "abcd"[: x.shape.rank]
     line = axes[axis]
     return tf.einsum(f"z{line},{axes}->{axes.replace(line, 'z')}", matrix, x)
-
-
-def cubic_spline_basis(length: int, spacing: float) -> np.ndarray:
-    """Uniform cubic B-splines, `spacing` voxels apart, at the voxels of an axis.
-
-    Returns:
-      [length, num_splines] float32 numpy; rows are >= 0 and sum to 1.
-    """
-    position = np.arange(length) / spacing
-    knots = np.arange(-1, np.floor(position[-1]) + 3)
-    t = np.abs(position[:, np.newaxis] - knots)
-    basis = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6)
-    return basis.astype(np.float32)
 
 
 def gaussian_matrix(length: int, sigma: tf.Tensor | float) -> tf.Tensor:

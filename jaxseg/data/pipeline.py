@@ -1,14 +1,20 @@
 """The training batch at step t as a pure function of (seed, t, global batch size)."""
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from jaxseg.data.augment import Options, augment, region_size
-from jaxseg.data.builder import CaseStore, PreparedCase
-from jaxseg.geometry import mirrored
+from jaxseg.data.augment import Options, augment
+from jaxseg.data.builder import CaseStore
+from jaxseg.data.prepared_case import PreparedCase
+from jaxseg.data.regions import num_around_foreground, sample_region
+from jaxseg.training.augment import region_size
+
+# Batches that are ready before they are asked for.
+READY_BATCHES = 2
 
 
 def train_batches(
@@ -26,6 +32,7 @@ def train_batches(
     foreground_by_place: bool = False,
     masked: Sequence[bool] = (),
     margin: Sequence[int] = (),
+    augments: bool = True,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -50,10 +57,13 @@ def train_batches(
         `num_around_foreground` says, instead.
       masked: as for `jaxseg.data.augment.augment`.
       margin: as for `sample_region`.
+      augments: whether augmented patches are yielded, or the regions that the training step makes
+        them of.
       process_index, process_count: which part of each batch.
     Returns:
       Iterator of dicts of numpy arrays: image [b, *P, C] float32, label [b, *P] int32 and valid
-      [b, *P] float32: the weight of a voxel, 0 outside the scan.
+      [b, *P] float32: the weight of a voxel, 0 outside the scan. Of regions, the same of [b, *R]
+      with labels as they are stored, uint8, and example [b, 1] int32, the number in the run.
     Raises:
       OSError: On iteration, a case of the store can not be read.
     """
@@ -93,26 +103,24 @@ def train_batches(
         )
         image = tf.ensure_shape(image, (*region, num_channels))
         label, valid = tf.ensure_shape(label, region), tf.ensure_shape(valid, region)
-        example_seed = tf.stack([seed, tf.cast(example, tf.int32)])
-        image, label, valid = cut(image, label, valid, example_seed)
-        return {"image": image, "label": label, "valid": valid}
+        number = tf.cast(example, tf.int32)
+        if augments:
+            image, label, valid = cut(image, label, valid, tf.stack([seed, number]))
+            return {"image": image, "label": label, "valid": valid}
+        label = tf.cast(label, tf.uint8)
+        return {"image": image, "label": label, "valid": valid, "example": number[tf.newaxis]}
 
     positions = tf.data.Dataset.range(start_step * local_size, num_steps * local_size)
-    batches = (
-        positions.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(local_size, drop_remainder=True)
-        .prefetch(tf.data.AUTOTUNE)
-        .as_numpy_iterator()
-    )
-    return _raising(batches, failures)
+    examples = positions.map(load, num_parallel_calls=os.cpu_count() or 1, deterministic=True)
+    batches = examples.batch(local_size, drop_remainder=True).prefetch(READY_BATCHES)
+    return _raising(batches.with_options(_untuned()).as_numpy_iterator(), failures)
 
 
-def num_around_foreground(batch_size: int, fraction: float) -> int:
-    """How many patches of a batch are drawn around a foreground voxel, as in nnU-Net v2.
-
-    Half a patch is rounded to the even number of those that are not: of two patches a third is one.
-    """
-    return batch_size - round(batch_size * (1 - fraction))
+def _untuned():
+    """Options without tf.data's tuning, whose thread may take a minute to notice the end."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
 
 
 def _raising(batches, failures):
@@ -123,73 +131,3 @@ def _raising(batches, failures):
         if not failures:
             raise
         raise failures[0] from error
-
-
-def sample_region(
-    case: PreparedCase,
-    rng: np.random.Generator,
-    region: Sequence[int],
-    patch_size: Sequence[int],
-    foreground_fraction: float,
-    *,
-    margin: Sequence[int] = (),
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws a patch of a case and cuts the larger region around it that augmentation needs.
-
-    The patch, without its margin, lies inside the scan where the scan is larger, and is centred on
-    it where it is not. Beyond the scan are zeros, or with a margin the mirrored image, as
-    Ronneberger et al. 2015 feed a network that labels only the centre of what it sees.
-
-    Args:
-      case: PreparedCase.
-      rng: numpy Generator.
-      region: size to cut, 2 or 3 entries.
-      patch_size: of the patch in the region's centre, as many entries.
-      foreground_fraction: probability that the patch is drawn around a voxel of a foreground class,
-        all classes that are present being equally likely.
-      margin: voxels at each side of the patch that get no label from the network, one entry per
-        axis; () means none.
-    Returns:
-      (image [*R, C] float32, label [*R] int32, valid [*R] float32): valid is the voxel's weight, 1
-      where the case has none; label and valid are 0 outside the scan.
-    """
-    shape = case.label.shape
-    if case.locations and rng.random() < foreground_fraction:
-        voxels = case.locations[rng.integers(len(case.locations))]
-        voxel = voxels[rng.integers(len(voxels))]
-    else:
-        voxel = rng.integers(shape)
-    # A slice is a box of one voxel across.
-    across = (slice(voxel[2], voxel[2] + 1),) if len(patch_size) == 2 else ()
-
-    def read(array, box):
-        values = array[*box, *across]
-        return values[:, :, 0] if across else values
-
-    inside, target, spans = [], [], []
-    for axis, (patch, width) in enumerate(zip(patch_size, region, strict=True)):
-        centre, size, edge = voxel[axis], shape[axis], margin[axis] if margin else 0
-        window = patch - 2 * edge
-        window_start = (
-            np.clip(centre - window // 2, 0, size - window)
-            if size > window
-            else (size - window) // 2
-        )
-        start = int(window_start) - edge - (width - patch) // 2
-        low, high = max(start, 0), min(start + width, size)
-        inside.append(slice(low, high))
-        target.append(slice(low - start, high - start))
-        spans.append((start, start + width, size))
-
-    if any(margin):
-        places = [mirrored(np.arange(start, stop), size) for start, stop, size in spans]
-        seen = read(case.image, [slice(p.min(), p.max() + 1) for p in places])
-        region_image = seen[np.ix_(*(p - p.min() for p in places))]
-    else:
-        region_image = np.zeros((*region, case.image.shape[-1]), np.float32)
-        region_image[*target] = read(case.image, inside)
-    region_label = np.zeros(region, np.int32)
-    region_valid = np.zeros(region, np.float32)
-    region_label[*target] = read(case.label, inside)
-    region_valid[*target] = 1 if case.weight is None else read(case.weight, inside)
-    return region_image, region_label, region_valid

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxseg import config as config_lib
 from jaxseg import parallel
+from jaxseg.config_fields import PUBLISHED_DEPTHS
 from jaxseg.data import memory
 from jaxseg.data.preprocess import Plan
 from jaxseg.experiment.members import learning_rates_of, members_of
@@ -23,7 +24,7 @@ from jaxseg.inference.normalisation import statistics_of
 from jaxseg.models.registry import create_model
 from jaxseg.run import weights
 from jaxseg.run.log import Log
-from jaxseg.training import losses, optim, steps, transfer
+from jaxseg.training import augment, losses, optim, steps, transfer
 from jaxseg.training.state import TrainState, create_train_states
 
 
@@ -46,7 +47,7 @@ def check_patch(config: ConfigDict) -> None:
                 "lower train.batch_size or data.patch_size"
             ]
         )
-    if model.name != "unet" or model.encoder in config_lib.PUBLISHED_DEPTHS:
+    if model.name != "unet" or model.encoder in PUBLISHED_DEPTHS:
         return
     coarsest = patch_size
     for step in model.strides or (2,) * (len(model.features) - 1):
@@ -91,6 +92,27 @@ def loss_fn_for(config: ConfigDict) -> Callable[..., jax.Array]:
     if config.loss.over_batch:
         return functools.partial(loss_fn, over_batch=True, batch_axis=parallel.AXIS_NAME)
     return loss_fn
+
+
+def transforms_of(config: ConfigDict) -> dict[str, Any]:
+    """What `config.augment` says of each transform, by its name."""
+    return {name: options for name, options in config.augment.to_dict().items() if name != "on"}
+
+
+def described_batch(config: ConfigDict, num_channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what a training step takes: patches, or regions that it augments."""
+    on_device = config.augment.on == "device"
+    size = tuple(config.data.patch_size)
+    size = augment.region_size(size, transforms_of(config)) if on_device else size
+    voxels = (config.train.batch_size, *size)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*voxels, num_channels), jnp.float32),
+        "label": jax.ShapeDtypeStruct(voxels, jnp.uint8 if on_device else jnp.int32),
+        "valid": jax.ShapeDtypeStruct(voxels, jnp.float32),
+    }
+    if on_device:
+        batch["example"] = jax.ShapeDtypeStruct((config.train.batch_size, 1), jnp.int32)
+    return batch
 
 
 def schedule_of(config: ConfigDict) -> optax.Schedule:
@@ -234,6 +256,7 @@ def create_steps(
     model: nn.Module,
     tx: optax.GradientTransformation,
     layout: parallel.Layout,
+    masked: Sequence[bool] = (),
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The training and the evaluation step, mapped over members and devices.
 
@@ -242,6 +265,7 @@ def create_steps(
       model: from `create_model_for`.
       tx: from `create_tx`.
       layout: from `create_layout`.
+      masked: for each channel whether it stays 0 outside a mask.
     """
     axes: dict[str, Any] = {"axis_name": parallel.AXIS_NAME}
     if config.parallel.space > 1:
@@ -253,6 +277,7 @@ def create_steps(
         tx=tx,
         accumulate_steps=config.optim.accumulate_steps,
         virtual_shards=virtual_shards,
+        augment_fn=_augment_fn(config, masked),
         **(on_devices | {"model": model} if virtual_shards else on_devices),
     )
     eval_step: Callable[..., Any] = functools.partial(steps.eval_step, **on_devices)
@@ -261,3 +286,14 @@ def create_steps(
             steps.over_members(step, config.ensemble.by) for step in (train_step, eval_step)
         )
     return parallel.map_train_step(train_step, layout), parallel.map_eval_step(eval_step, layout)
+
+
+def _augment_fn(config, masked):
+    if config.augment.on == "host":
+        return None
+    return functools.partial(
+        augment.augment_batch,
+        patch_size=tuple(config.data.patch_size),
+        params=transforms_of(config),
+        masked=tuple(masked),
+    )

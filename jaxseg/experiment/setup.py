@@ -114,7 +114,7 @@ def create_run(config: ConfigDict, data: Data, log: Log, *, fresh: bool) -> tupl
         f"{several}{counts} cases; {jax.device_count()} {jax.default_backend()} device(s) of "
         f"{jax.process_count()} process(es); results in {workdir_of(config)}"
     )
-    train_step, eval_step = build.create_steps(config, model, tx, layout)
+    train_step, eval_step = build.create_steps(config, model, tx, layout, _masked(data))
     recipe = build.create_recipe(
         config,
         data.plan,
@@ -145,7 +145,9 @@ def training_batches(run: Run, first_step: int, num_steps: int) -> Iterator[dict
     Leaves have a leading axis of members where there are several. Members with the same seed and
     split share what is read and augmented.
     """
-    return _member_batches(run, "train", first_step, num_steps, run.config.augment.to_dict())
+    transforms = build.transforms_of(run.config)
+    augments = run.config.augment.on == "host"
+    return _member_batches(run, "train", first_step, num_steps, transforms, augments)
 
 
 def validation_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
@@ -155,12 +157,17 @@ def validation_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
     """
     most = max(len(split["val"]) for split in run.data.splits)
     num_steps = -(-4 * most // run.config.train.batch_size)
-    augment = run.config.augment.to_dict()
-    nothing = {name: options | {"prob": 0.0} for name, options in augment.items()}
+    transforms = build.transforms_of(run.config)
+    nothing = {name: options | {"prob": 0.0} for name, options in transforms.items()}
     return _member_batches(run, "val", 0, num_steps, nothing)
 
 
-def _member_batches(run, set_name, first_step, num_steps, augment_params):
+def _masked(data):
+    """For each channel whether it is 0 outside a mask and stays so."""
+    return [scheme == "zscore_inside" for scheme in data.plan.normalisation]
+
+
+def _member_batches(run, set_name, first_step, num_steps, augment_params, augments=True):
     config, streams = run.config, {}
     for member, split in zip(run.members, run.data.splits, strict=True):
         if (member.seed, member.fold) not in streams:
@@ -176,8 +183,9 @@ def _member_batches(run, set_name, first_step, num_steps, augment_params):
                 foreground_fraction=config.data.foreground_fraction,
                 foreground_by_place=config.data.foreground_by_place,
                 augment_params=augment_params,
-                masked=[scheme == "zscore_inside" for scheme in run.data.plan.normalisation],
+                masked=_masked(run.data),
                 margin=run.recipe.margin,
+                augments=augments,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )

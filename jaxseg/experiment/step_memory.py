@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -112,12 +111,9 @@ def _of(config):
 
 
 def _described_batch(config, num_channels, layout):
-    num_members = len(members_of(config))
-    of_members = (num_members,) if layout.has_members else ()
-    voxels = (*of_members, config.train.batch_size, *config.data.patch_size)
-    leaves = {
-        "image": jax.ShapeDtypeStruct((*voxels, num_channels), jnp.float32),
-        "label": jax.ShapeDtypeStruct(voxels, jnp.int32),
-        "valid": jax.ShapeDtypeStruct(voxels, jnp.float32),
-    }
+    of_members = (len(members_of(config)),) if layout.has_members else ()
+    leaves = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((*of_members, *leaf.shape), leaf.dtype),
+        build.described_batch(config, num_channels),
+    )
     return parallel.described_batch(leaves, layout)

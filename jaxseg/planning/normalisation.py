@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from jaxseg.config import CHOICES
+from jaxseg.config_fields import CHOICES
 
 # By the foreground of all cases; by mean and deviation of the image, or of what is not background
 # in it (nnU-Net's use of a mask); from its smallest value to its largest; by constants.

@@ -15,7 +15,7 @@ def checksum(tree: Any, start: Sequence[int | jax.Array] = ()) -> jax.Array:
     """Sum modulo 2^32 of the bits of all numbers, each times an odd number for its place.
 
     Args:
-      tree: arrays of four-byte numbers.
+      tree: arrays of numbers of four bytes or one.
       start: where each of these begins in an array of which it is a part, along the first axes. The
         checksum of the whole is the sum of those of its parts.
     Returns:
@@ -30,6 +30,8 @@ def checksum(tree: Any, start: Sequence[int | jax.Array] = ()) -> jax.Array:
                 place += jnp.uint32(start[axis])
             stride = PLACE_FACTOR ** (axis + 1) % 2**32
             factor += jnp.expand_dims(2 * place * np.uint32(stride), range(1, leaf.ndim - axis))
+        if leaf.dtype.itemsize == 1:
+            leaf = leaf.astype(jnp.uint32)
         return jnp.sum(lax.bitcast_convert_type(leaf, jnp.uint32) * factor, dtype=jnp.uint32)
 
     return sum(map(of, jax.tree.leaves(tree)))

@@ -22,6 +22,9 @@ from jaxseg.training.losses import supervise
 from jaxseg.training.state import TrainState
 from jaxseg.training.strict_sums import compiled_apart, sum_in_one_order
 
+# Folded into the run's key in the place of a step, for what depends on none.
+_NO_STEP = 2**32 - 1
+
 
 def train_step(
     state: TrainState,
@@ -36,6 +39,7 @@ def train_step(
     space_axis: str | None = None,
     accumulate_steps: int = 1,
     virtual_shards: int = 0,
+    augment_fn: Callable[..., Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update.
 
@@ -54,15 +58,18 @@ def train_step(
       accumulate_steps: parts whose gradients are summed one after the other, to save memory.
       virtual_shards: parts of the global batch whose gradients are computed one by one and summed
         in one order, so that 1, 2, 4 ... devices give the same bits; a power of two, 0 for none.
+      augment_fn: (batch, key) -> batch, where the batch holds the regions that patches are made of.
     Returns:
       (state, metrics): metrics hold scalars, the same on all devices: "loss" and "grad_norm", and
       uint32 sums of bits, "batch_checksum" and "params_checksum" (after the update).
     """
+    augment_key = jax.random.fold_in(key, _NO_STEP)
     key = jax.random.fold_in(key, state.step)
     axes = (axis_name, space_axis)
 
     def sums(batch_stats, part, index):
         """Of one part: gradients, loss, number of examples; and the statistics after it."""
+        part = augment_fn(part, augment_key) if augment_fn else part
 
         def summed_loss(params):
             logits, updated = model.apply(

@@ -6,6 +6,7 @@ import tensorflow as tf
 from scipy import ndimage
 
 from jaxseg.data import augment as A
+from jaxseg.training.augment import region_size
 
 OFF = {
     "flip": {"prob": 0.0, "axes": (0, 1, 2)},
@@ -221,7 +222,7 @@ def test_shapes_that_do_not_fit_are_refused_when_traced(shapes, patch, message):
 def test_image_and_label_stay_aligned(patch, names):
     rank = len(patch)
     params = with_options(*names)
-    region = A.region_size(patch, params)
+    region = region_size(patch, params)
     position = np.stack(np.indices(region), axis=-1) - (np.array(region) - 1) / 2
     radii, offset = np.array((11, 7, 8))[:rank], np.array((3, -4, 2))[:rank]
     big = np.sum(((position - offset) / radii) ** 2, axis=-1) < 1
@@ -394,7 +395,7 @@ def test_all_spatial_transforms_together_are_one_sampling_of_the_image():
     ],
 )
 def test_region_size_by_hand(patch, options, expected):
-    assert A.region_size(patch, with_options(**options)) == expected
+    assert region_size(patch, with_options(**options)) == expected
 
 
 def test_in_plane_a_volume_turns_and_zooms_as_its_slices_do():
@@ -413,7 +414,7 @@ def test_in_plane_a_volume_turns_and_zooms_as_its_slices_do():
 def test_the_region_covers_every_warp_in_the_plane(angle):
     params = with_options(*SPATIAL, rotation={"range_deg": (-angle, angle)})
     patch = (24, 15)
-    region = A.region_size(patch, params)
+    region = region_size(patch, params)
     arrays = example(region, 1)
     for i in range(20):
         *_, valid = augment(*arrays, (i, 0), patch_size=patch, params=params)

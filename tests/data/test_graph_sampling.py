@@ -1,20 +1,11 @@
-"""Sampling, splines and filters against SciPy's and NumPy's."""
+"""Sampling and filters against SciPy's and NumPy's."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from scipy import interpolate, ndimage
+from scipy import ndimage
 
 from jaxseg.data import graph_sampling as S
-
-
-def test_spline_basis_is_scipys():
-    for length, spacing in [(30, 8), (17, 16), (1, 16), (33, 2.5)]:
-        basis = S.cubic_spline_basis(length, spacing)
-        np.testing.assert_allclose(basis.sum(1), 1, atol=1e-6)
-        knots = np.arange(-3, basis.shape[1] + 1) * spacing
-        oracle = interpolate.BSpline.design_matrix(np.arange(length), knots, 3).toarray()
-        np.testing.assert_allclose(basis, oracle[:, : basis.shape[1]], atol=1e-6)
 
 
 @pytest.mark.parametrize("region", [(9, 7), (6, 7, 5)])

@@ -10,14 +10,16 @@ import pytest
 from scipy import ndimage
 
 from jaxseg.config import base_config
-from jaxseg.data import blocked_arrays, pipeline
-from jaxseg.data.augment import region_size
-from jaxseg.data.builder import CaseStore, PreparedCase
+from jaxseg.data import blocked_arrays
+from jaxseg.data.builder import CaseStore
 from jaxseg.data.layouts import decathlon
-from jaxseg.data.pipeline import sample_region, train_batches
+from jaxseg.data.pipeline import train_batches
 from jaxseg.data.prepared import prepare
+from jaxseg.data.prepared_case import PreparedCase
+from jaxseg.data.regions import num_around_foreground, sample_region
 from jaxseg.data.surveyed import survey_once
 from jaxseg.inference import sliding_window
+from jaxseg.training.augment import region_size
 
 OFF = base_config().augment.to_dict()
 for options in OFF.values():
@@ -108,7 +110,7 @@ def test_a_batch_does_not_depend_on_the_step_one_starts_at(patch_size):
 )
 def test_as_many_patches_show_foreground_as_in_nnunet(batch_size, fraction, expected):
     # Those at places of at least round(batch_size * (1 - fraction)).
-    assert pipeline.num_around_foreground(batch_size, fraction) == expected
+    assert num_around_foreground(batch_size, fraction) == expected
 
 
 def test_the_last_patches_of_a_batch_show_foreground():

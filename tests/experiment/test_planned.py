@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg import config as config_lib
-from jaxseg import config_planned, plan
-from jaxseg.config import ConfigProblems, base_config, flatten
+from jaxseg import config_fields, config_planned, plan
+from jaxseg.config import ConfigProblems, base_config, flatten, from_json, to_json
 from jaxseg.config_checks import validate
 from jaxseg.config_planned import PLANNED, decided, undecided
 from jaxseg.data import pipeline
@@ -69,7 +68,7 @@ def test_every_field_that_is_open_is_decided_and_explained(boxes, tmp_path):
     assert complete.preprocess.normalisation == "zscore"
     assert (complete.optim.name, complete.optim.learning_rate) == ("muon", 3e-2)
     assert complete.data.foreground_by_place and complete.augment.blur.channel_prob == 0.5
-    assert config_lib.to_json(config_lib.from_json(config_lib.to_json(complete)))
+    assert to_json(from_json(to_json(complete)))
     text = "\n".join(lines)
     assert "compact 3d_fullres" in text and "20 x 20 x 8 voxels" in text
     assert "set by you" not in text
@@ -157,7 +156,7 @@ def test_killed_and_resumed_it_gives_the_same_bits_and_plans_once(boxes, tmp_pat
     whole = open_config(boxes, tmp_path, **small)
     assert train.train(whole) is None
     run = pathlib.Path(whole.workdir)
-    saved = config_lib.from_json((run / "config.json").read_text())
+    saved = from_json((run / "config.json").read_text())
     assert undecided(saved) == [] and saved.model.strides == ((2, 2),)
     fingerprint = json.loads((run / "fingerprint.json").read_text())
     assert len(fingerprint["cases"]) == fingerprint["num_cases"] == 6
@@ -301,7 +300,7 @@ def test_volumes_at_low_resolution_are_trained_and_predicted(boxes, tmp_path, mo
     changes = {"plan.preset": "nnunet", "plan.configuration": "3d_lowres"}
     config = open_config(boxes, tmp_path, **changes)
     assert train.train(config) is None
-    saved = config_lib.from_json((tmp_path / "run" / "config.json").read_text())
+    saved = from_json((tmp_path / "run" / "config.json").read_text())
     assert saved.preprocess.spacing_mm[0] > 1.3 and len(saved.data.patch_size) == 3
     predict([config.workdir], str(boxes / "imagesTr"), str(tmp_path / "out"))
     with open(tmp_path / "run" / "test.csv", newline="") as file:
@@ -319,7 +318,7 @@ def test_volumes_at_low_resolution_are_trained_and_predicted(boxes, tmp_path, mo
 
 
 def test_a_config_knows_the_presets_that_there_are():
-    assert set(config_lib.CHOICES["plan.preset"]) == {"", "auto", *PRESETS}
+    assert set(config_fields.CHOICES["plan.preset"]) == {"", "auto", *PRESETS}
 
 
 def test_deciding_keeps_what_is_there():
