@@ -206,6 +206,11 @@ def test_fields_of_another_model_are_a_problem():
             {"parallel__space": 2, "parallel__mode": "shard_map", "parallel__virtual_shards": 4},
             "parallel.space can not be had together",
         ),
+        (
+            {"parallel__space": 2, "parallel__mode": "shard_map", "augment__on": "device"},
+            "images that are augmented: set augment.on to 'host'",
+        ),
+        ({"augment__on": "devise"}, "must be one of 'host', 'device'; did you mean 'device'?"),
         ({"optim__learning_rate": [1e-3]}, "two rates or more"),
         ({"optim__learning_rate": [1e-3, -1.0]}, "optim.learning_rate must be positive"),
         ({"optim__learning_rate": "fast"}, "optim.learning_rate must be positive"),

@@ -97,6 +97,7 @@ def config_file(tmp_path_factory, boxes):
     config.data.dir = str(boxes)
     config.data.cache_dir = str(folder / "cache")
     config.data.patch_size = (16, 16)
+    config.augment.on = "device"  # on the host in test_resume
     config.model.features = (4, 8)
     config.model.num_convs, config.model.decoder_convs = (1,), 1
     config.model.norm = "batch"

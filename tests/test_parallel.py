@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from jaxseg import parallel
+from jaxseg.config import base_config
 from jaxseg.models.unet import UNet
+from jaxseg.training.augment import augment_batch
 from jaxseg.training.losses import dice_cross_entropy_loss
 from jaxseg.training.optim import create_optimizer
 from jaxseg.training.state import TrainState
@@ -30,6 +32,10 @@ NUM_STEPS = 50
 BATCH_SIZE = 8
 MODEL = UNet(3, features=(4, 8), num_convs=1, norm="batch", dropout=0.5)
 STRICT_MODEL = UNet(3, features=(4,), num_convs=1, dropout=0.5)
+AUGMENTED = {
+    "patch_size": (6, 5),
+    "params": {n: o for n, o in base_config().augment.to_dict().items() if n != "on"},
+}
 TX = create_optimizer("adamw", lambda _: 1.0, weight_decay=0.1, clip_norm=1.0)
 RATE = np.float32(0.01)
 
@@ -45,6 +51,12 @@ def make_batch(seed):
         "label": rng.integers(0, 3, (BATCH_SIZE, 9, 7)).astype(np.int32),
         "valid": valid,
     }
+
+
+def regions_of(batch, number):
+    """A batch as of regions, with labels as they are stored and the examples' numbers."""
+    examples = number * BATCH_SIZE + np.arange(BATCH_SIZE, dtype=np.int32)
+    return batch | {"label": batch["label"].astype(np.uint8), "example": examples[:, np.newaxis]}
 
 
 def make_state(model, seed=0):
@@ -135,11 +147,11 @@ def train_and_look(facts):
     return facts
 
 
-def train_for(num_steps, layout, step, states, seeds):
+def train_for(num_steps, layout, step, states, seeds, given=lambda batch, number: batch):
     """State of one member, or of several stacked, after some steps on each seed's batches."""
 
     def batch_of(number):
-        batches = [make_batch(1000 * seed + number) for seed in seeds]
+        batches = [given(make_batch(1000 * seed + number), number) for seed in seeds]
         return stacked(batches) if layout.has_members else batches[0]
 
     keys = [jax.random.key(seed) for seed in seeds]
@@ -173,6 +185,14 @@ def compare_ways(facts):
     few = [train_for(FEW_STEPS, pmap, alone, [starts[seed]], [seed]) for seed in SEEDS]
     by_shard_map = train_for(FEW_STEPS, shard_map, mapped_step(shard_map, **strict), starts, [0])
     facts["ways_differ_in"] = differing(few[0], by_shard_map)
+
+    augmented = strict | {"augment_fn": functools.partial(augment_batch, **AUGMENTED)}
+    by_pmap, by_shard_map = (
+        train_for(FEW_STEPS, layout, mapped_step(layout, **augmented), starts, [0], regions_of)
+        for layout in (pmap, shard_map)
+    )
+    facts |= flatten(by_pmap.params, "augmented")
+    facts["augmented_ways_differ_in"] = differing(by_pmap, by_shard_map)
     if jax.device_count() > 2:
         return facts
     # One device takes the members by turns; of two, each has its own.
@@ -308,6 +328,14 @@ def test_sums_in_one_order_give_the_same_bits_on_any_number_of_devices(runs, num
     one, many = runs[1], runs[num_devices]
     for name in names_of(one, "strict", at_least=5):
         assert many[name].tobytes() == one[name].tobytes(), name
+
+
+@pytest.mark.parametrize("num_devices", COUNTS[1:])
+def test_augmented_on_the_devices_bits_are_the_same_too(runs, num_devices):
+    one, many = runs[1], runs[num_devices]
+    for name in names_of(one, "augmented[", "augmented.", at_least=5):
+        assert many[name].tobytes() == one[name].tobytes(), name
+    assert one["augmented_ways_differ_in"] == many["augmented_ways_differ_in"] == 0
 
 
 def test_without_that_order_the_bits_differ(runs):

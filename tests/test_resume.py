@@ -114,6 +114,19 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(trained, tmp_pa
 
 
 @pytest.mark.usefixtures("not_assessed")
+def test_augmented_on_the_device_it_is_so_too(config, tmp_path, monkeypatch):
+    config.augment.on = "device"
+    assert train.train(config) is None
+    whole, config.workdir = config.workdir, str(tmp_path / "interrupted")
+    with monkeypatch.context() as patch:
+        stop_after(patch, signal.SIGTERM, batches=3)
+        assert train.train(config) == signal.SIGTERM
+    assert 0 < checkpoint.last_step(f"{config.workdir}/checkpoints") < NUM_STEPS
+    assert train.train(config) is None
+    assert run_log.read_trace(config.workdir) == run_log.read_trace(whole)
+
+
+@pytest.mark.usefixtures("not_assessed")
 def test_another_seed_gives_other_parameters(trained, tmp_path):
     config = copy_of(trained)  # of the same seed: above, and in another process in test_kills
     config.workdir, config.seed = str(tmp_path / "run"), 1

@@ -18,10 +18,11 @@ from jaxseg.data.prepared import prepare
 from jaxseg.data.prepared_case import PreparedCase
 from jaxseg.data.regions import num_around_foreground, sample_region
 from jaxseg.data.surveyed import survey_once
+from jaxseg.experiment.build import transforms_of
 from jaxseg.inference import sliding_window
 from jaxseg.training.augment import region_size
 
-OFF = base_config().augment.to_dict()
+OFF = transforms_of(base_config())
 for options in OFF.values():
     options["prob"] = 0.0
 ON = {name: dict(options) for name, options in OFF.items()}
@@ -88,7 +89,7 @@ def test_a_batch_does_not_depend_on_the_step_one_starts_at(patch_size):
     store = make_store()
     params = ON
     if len(patch_size) == 2:  # everything, once
-        params = base_config().augment.to_dict()
+        params = transforms_of(base_config())
         params["elastic"]["prob"] = 0.3
     options = {"patch_size": patch_size, "augment_params": params}
     every = batches(store, **options)
@@ -341,7 +342,7 @@ def test_a_small_case_is_padded_in_training_as_in_inference(shape, patch_size, m
     inside = np.zeros(patch_size, np.float32)
     start = [-(-(p - n) // 2) for p, n in zip(patch_size, shape, strict=False)]
     inside[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=False))] = 1
-    params = base_config(rank=len(patch_size)).augment.to_dict()
+    params = transforms_of(base_config(rank=len(patch_size)))
     for region in (patch_size, region_size(patch_size, params)):
         rng = np.random.default_rng(0)
         image, _, valid = sample_region(case, rng, region, patch_size, 0.5, margin=margin)
@@ -493,3 +494,17 @@ def test_a_block_that_can_not_be_read_ends_in_the_name_of_its_part(stores, tmp_p
 def test_batches_of_blocks_on_disk_are_those_of_arrays_in_memory(stores):
     on_disk, in_memory = (batches(store, case_ids=list(stores[1])) for store in stores)
     assert_equal(on_disk, in_memory)
+
+
+def test_regions_are_those_that_the_host_would_augment():
+    store = make_store()
+    cut = batches(store, augment_params=OFF)
+    regions = batches(store, augment_params=OFF, augments=False, start_step=2)
+    for step, (region, batch) in enumerate(zip(regions, cut[2:], strict=True), start=2):
+        assert region["label"].dtype == np.uint8
+        assert region["example"].dtype == np.int32
+        assert region["example"].tolist() == [[4 * step + place] for place in range(4)]
+        for name in ("image", "label", "valid"):
+            np.testing.assert_array_equal(region[name], batch[name])
+    larger = next(iter(batches(store, augments=False)))
+    assert larger["image"].shape == (4, *region_size((8, 8), ON), 1)

@@ -94,6 +94,7 @@ from jaxseg.config import base_config
 from jaxseg.data import builder, prepared, workers
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.pipeline import train_batches
+from jaxseg.data.prepared_case import PreparedCase
 from jaxseg.data.surveyed import survey_once
 
 folder, root, limit_mib, cache_mib, num_steps, rank = sys.argv[1:3] + [int(a) for a in sys.argv[3:]]
@@ -108,10 +109,10 @@ def batches(store, case_ids, num_steps):
     return train_batches(
         store, case_ids, seed=0, start_step=0, num_steps=num_steps, batch_size=2,
         patch_size=(96 // rank,) * rank, num_channels=1, foreground_fraction=0.33,
-        augment_params=config.augment.to_dict(),
+        augment_params={n: o for n, o in config.augment.to_dict().items() if n != "on"},
     )
 
-small = builder.PreparedCase(np.zeros((40, 40, 9, 1), np.float32), np.zeros((40, 40, 9)), ())
+small = PreparedCase(np.zeros((40, 40, 9, 1), np.float32), np.zeros((40, 40, 9)), ())
 for _ in batches({"small": small}, ["small"], 2):  # the threads and buffers of tf.data itself
     pass
 start, start_rss = memory("VmData"), memory("VmRSS")

@@ -240,6 +240,8 @@ def test_checksum_is_the_sum_of_the_bits_by_place():
             factor = 1 + sum(2 * p * 2654435761 ** (k + 1) for k, p in enumerate(place))
             expected += factor * int(word)
     assert int(checksum(tree)) == expected % 2**32
+    few = np.uint8([3, 250])  # of one byte
+    assert int(checksum(few)) == int(checksum(few.astype(np.uint32)))
 
 
 def test_checksum_sees_what_was_exchanged_and_adds_up_over_parts():
@@ -364,3 +366,37 @@ def test_unet_learns_squares_and_repeats_itself():
     first = losses()
     assert first[-1] < 0.2 * first[0]
     assert first == losses()
+
+
+def test_a_step_that_augments_is_one_on_what_was_augmented():
+    batch = make_batch() | {"example": np.arange(8, dtype=np.int32)[:, np.newaxis]}
+    key, seen = jax.random.key(5), []
+
+    def augment_fn(part, key):
+        seen.append(key)
+        noise = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n[0]), (6, 10, 2)))
+        image = part["image"] + noise(part["example"])
+        return {"image": image, "label": part["label"], "valid": part["valid"]}
+
+    model = Pixelwise()
+    state = make_state(model)
+    options = {"model": model, "loss_fn": dice_cross_entropy_loss, "tx": TX}
+    augmented, metrics = train_step(state, batch, key, augment_fn=augment_fn, **options)
+    plain, expected = train_step(state, augment_fn(batch, seen[0]), key, **options)
+    for one, other in zip(jax.tree.leaves(augmented), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (
+        metrics["loss"] == expected["loss"] != train_step(state, batch, key, **options)[1]["loss"]
+    )
+    # The draws are of the run and the example, whatever the step and the part.
+    parts, _ = train_step(
+        state.replace(step=state.step + 3),
+        batch,
+        key,
+        augment_fn=augment_fn,
+        accumulate_steps=2,
+        **options,
+    )
+    np.testing.assert_allclose(
+        parts.params["last"]["kernel"], plain.params["last"]["kernel"], rtol=1e-5, atol=1e-6
+    )
