@@ -33,11 +33,11 @@ from absl import app, flags
 from ml_collections import config_flags
 from report import print_report
 
+from jaxseg.config import transforms_of
 from jaxseg.data import builder, pipeline, prepared
 from jaxseg.data.blocked_arrays import RecordCache
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.surveyed import survey_once
-from jaxseg.experiment import build
 from jaxseg.training.augment import region_size
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/unet.py")
@@ -51,7 +51,7 @@ NEEDED = flags.DEFINE_float("images_per_s_needed", None, "Images/s that training
 def main(_):
     config = CONFIG.value
     needed = NEEDED.value or measured_appetite()
-    augment = build.transforms_of(config)
+    augment = transforms_of(config)
     nothing = {name: options | {"prob": 0.0} for name, options in augment.items()}
     with tempfile.TemporaryDirectory() as folder:
         root = make_noise_cases(pathlib.Path(folder, "data"))

@@ -56,6 +56,11 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
     return {name: value for name, value in config.model.items() if name != "name"}
 
 
+def transforms_of(config: ConfigDict) -> dict[str, Any]:
+    """Returns what `config.augment` says of each transform, by its name."""
+    return {name: options for name, options in config.augment.to_dict().items() if name != "on"}
+
+
 def to_json(config: ConfigDict) -> str:
     """Returns the config as JSON text, keys sorted: what is saved with a run and compared."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)

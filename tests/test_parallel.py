@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxseg import parallel
-from jaxseg.config import base_config
+from jaxseg.config import base_config, transforms_of
 from jaxseg.models.unet import UNet
 from jaxseg.training.augment import augment_batch
 from jaxseg.training.losses import dice_cross_entropy_loss
@@ -32,10 +32,7 @@ NUM_STEPS = 50
 BATCH_SIZE = 8
 MODEL = UNet(3, features=(4, 8), num_convs=1, norm="batch", dropout=0.5)
 STRICT_MODEL = UNet(3, features=(4,), num_convs=1, dropout=0.5)
-AUGMENTED = {
-    "patch_size": (6, 5),
-    "params": {n: o for n, o in base_config().augment.to_dict().items() if n != "on"},
-}
+AUGMENTED = {"patch_size": (6, 5), "params": transforms_of(base_config())}
 TX = create_optimizer("adamw", lambda _: 1.0, weight_decay=0.1, clip_norm=1.0)
 RATE = np.float32(0.01)
 

@@ -94,16 +94,11 @@ def loss_fn_for(config: ConfigDict) -> Callable[..., jax.Array]:
     return loss_fn
 
 
-def transforms_of(config: ConfigDict) -> dict[str, Any]:
-    """What `config.augment` says of each transform, by its name."""
-    return {name: options for name, options in config.augment.to_dict().items() if name != "on"}
-
-
 def described_batch(config: ConfigDict, num_channels: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of what a training step takes: patches, or regions that it augments."""
     on_device = config.augment.on == "device"
     size = tuple(config.data.patch_size)
-    size = augment.region_size(size, transforms_of(config)) if on_device else size
+    size = augment.region_size(size, config_lib.transforms_of(config)) if on_device else size
     voxels = (config.train.batch_size, *size)
     batch = {
         "image": jax.ShapeDtypeStruct((*voxels, num_channels), jnp.float32),
@@ -294,6 +289,6 @@ def _augment_fn(config, masked):
     return functools.partial(
         augment.augment_batch,
         patch_size=tuple(config.data.patch_size),
-        params=transforms_of(config),
+        params=config_lib.transforms_of(config),
         masked=tuple(masked),
     )

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxseg import parallel
+from jaxseg.config import transforms_of
 from jaxseg.data import pipeline
 from jaxseg.experiment import build
 from jaxseg.experiment.gather import Data
@@ -145,7 +146,7 @@ def training_batches(run: Run, first_step: int, num_steps: int) -> Iterator[dict
     Leaves have a leading axis of members where there are several. Members with the same seed and
     split share what is read and augmented.
     """
-    transforms = build.transforms_of(run.config)
+    transforms = transforms_of(run.config)
     augments = run.config.augment.on == "host"
     return _member_batches(run, "train", first_step, num_steps, transforms, augments)
 
@@ -157,7 +158,7 @@ def validation_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
     """
     most = max(len(split["val"]) for split in run.data.splits)
     num_steps = -(-4 * most // run.config.train.batch_size)
-    transforms = build.transforms_of(run.config)
+    transforms = transforms_of(run.config)
     nothing = {name: options | {"prob": 0.0} for name, options in transforms.items()}
     return _member_batches(run, "val", 0, num_steps, nothing)
 

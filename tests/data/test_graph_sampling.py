@@ -1,4 +1,4 @@
-"""Sampling and filters against SciPy's and NumPy's."""
+"""Sampling, here and in the training step, and filters against SciPy's and NumPy's."""
 
 import numpy as np
 import pytest
@@ -6,17 +6,19 @@ import tensorflow as tf
 from scipy import ndimage
 
 from jaxseg.data import graph_sampling as S
+from jaxseg.training import sampling as on_device
 
 
+@pytest.mark.parametrize(("form", "given"), [(S, tf.constant), (on_device, np.asarray)])
 @pytest.mark.parametrize("region", [(9, 7), (6, 7, 5)])
-def test_sampling_is_scipys(region):
+def test_sampling_is_scipys(region, form, given):
     rng = np.random.default_rng(1)
     image = rng.normal(size=(*region, 2)).astype(np.float32)
     label = rng.integers(0, 4, region).astype(np.uint8)
     coordinates = rng.uniform(-3, np.array(region) + 2, (50, 40, len(region))).astype(np.float32)
     points = np.moveaxis(coordinates, -1, 0).astype(np.float64)
-    linear = S.sample_linear(tf.constant(image), tf.constant(coordinates))
-    nearest = S.sample_nearest(tf.constant(label), tf.constant(coordinates))
+    linear = form.sample_linear(given(image), given(coordinates))
+    nearest = form.sample_nearest(given(label), given(coordinates))
     for channel in range(2):
         oracle = ndimage.map_coordinates(
             image[..., channel].astype(np.float64), points, order=1, mode="grid-constant"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxseg.config import base_config
+from jaxseg.config import base_config, transforms_of
 from jaxseg.data import blocked_arrays
 from jaxseg.data.builder import CaseStore
 from jaxseg.data.layouts import decathlon
@@ -18,7 +18,6 @@ from jaxseg.data.prepared import prepare
 from jaxseg.data.prepared_case import PreparedCase
 from jaxseg.data.regions import num_around_foreground, sample_region
 from jaxseg.data.surveyed import survey_once
-from jaxseg.experiment.build import transforms_of
 from jaxseg.inference import sliding_window
 from jaxseg.training.augment import region_size
 

@@ -90,7 +90,7 @@ def test_a_pool_makes_what_one_process_makes_also_after_a_worker_was_killed(
 UNDER_A_LIMIT = """
 import json, re, resource, sys, time
 import numpy as np
-from jaxseg.config import base_config
+from jaxseg.config import base_config, transforms_of
 from jaxseg.data import builder, prepared, workers
 from jaxseg.data.layouts import decathlon
 from jaxseg.data.pipeline import train_batches
@@ -109,7 +109,7 @@ def batches(store, case_ids, num_steps):
     return train_batches(
         store, case_ids, seed=0, start_step=0, num_steps=num_steps, batch_size=2,
         patch_size=(96 // rank,) * rank, num_channels=1, foreground_fraction=0.33,
-        augment_params={n: o for n, o in config.augment.to_dict().items() if n != "on"},
+        augment_params=transforms_of(config),
     )
 
 small = PreparedCase(np.zeros((40, 40, 9, 1), np.float32), np.zeros((40, 40, 9)), ())

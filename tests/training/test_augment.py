@@ -7,9 +7,8 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from jaxseg.config import base_config
+from jaxseg.config import base_config, transforms_of
 from jaxseg.data import augment as host
-from jaxseg.experiment.build import transforms_of
 from jaxseg.training import augment as device
 
 SEED = (3, 14)

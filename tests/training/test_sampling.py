@@ -1,9 +1,9 @@
-"""Sampling, splines and filters against SciPy's, and against those of the host."""
+"""Splines against SciPy's, filters against those of the host; sampling: test_graph_sampling."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from scipy import interpolate, ndimage
+from scipy import interpolate
 
 from jaxseg.data import graph_sampling as host
 from jaxseg.training import sampling as device
@@ -16,24 +16,6 @@ def test_spline_basis_is_scipys():
         knots = np.arange(-3, basis.shape[1] + 1) * spacing
         oracle = interpolate.BSpline.design_matrix(np.arange(length), knots, 3).toarray()
         np.testing.assert_allclose(basis, oracle[:, : basis.shape[1]], atol=1e-6)
-
-
-@pytest.mark.parametrize("region", [(9, 7), (6, 7, 5)])
-def test_sampling_is_scipys(region):
-    rng = np.random.default_rng(1)
-    image = rng.normal(size=(*region, 2)).astype(np.float32)
-    label = rng.integers(0, 4, region).astype(np.uint8)
-    coordinates = rng.uniform(-3, np.array(region) + 2, (50, 40, len(region))).astype(np.float32)
-    points = np.moveaxis(coordinates, -1, 0).astype(np.float64)
-    linear = device.sample_linear(image, coordinates)
-    nearest = device.sample_nearest(label, coordinates)
-    for channel in range(2):
-        oracle = ndimage.map_coordinates(
-            np.pad(image[..., channel].astype(np.float64), 1), points + 1, order=1, mode="constant"
-        )
-        np.testing.assert_allclose(linear[..., channel], oracle, atol=1e-5)
-    index = tuple(np.round(points).astype(int) + 4)
-    np.testing.assert_array_equal(nearest, np.pad(label, 4)[index])
 
 
 @pytest.mark.parametrize("length", [1, 2, 17])
